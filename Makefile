@@ -1,0 +1,45 @@
+# make demo   make the environment and show the three modes
+# make test   make the environment and run the tests
+# make check  format, lint and types
+# make bench  the benchmarks, as tables
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/
+
+.PHONY: demo test check bench format embedded-model clean
+
+demo: $(VENV)/.ready
+	$(RUN)python examples/demo.py
+
+test: $(VENV)/.ready
+	$(RUN)python -m pytest
+
+check: $(VENV)/.ready
+	$(RUN)ruff format --check .
+	$(RUN)ruff check .
+	$(RUN)mypy
+
+bench: $(VENV)/.ready
+	$(RUN)python -m benchmarks.selection
+	$(RUN)python -m benchmarks.embedded_model
+
+format: $(VENV)/.ready
+	$(RUN)ruff format .
+	$(RUN)ruff check --fix .
+
+# An hour on two cores. Everything the embedded model consists of is made again from its seed.
+embedded-model: $(VENV)/.ready
+	$(RUN)python -m training.train --out build/embedded
+	$(RUN)python -m training.install build/embedded
+
+# torch first and pinned: a range would fetch gigabytes of CUDA packages.
+$(VENV)/.ready: pyproject.toml requirements-torch.txt
+	@echo "Making the environment in $(VENV); this takes a few minutes the first time."
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vispa_graph needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)python -m pip install --quiet --disable-pip-version-check -r requirements-torch.txt
+	$(RUN)python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,272 @@
+"""The text the embedded language model is trained on, generated from `training/content` and the taxonomy.
+
+A document is a list of segments. Every document is one of a few kinds (`KINDS`); what they have in common is that the
+value of a comment can be told from the text before it, so that the model has a reason to carry a value in its residual
+stream: that is what steering later makes use of.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Literal
+
+import yaml
+
+from vispa_graph.prompts import load_prompt
+from vispa_graph.taxonomy_index import Taxonomy, Value
+
+CONTENT = Path(__file__).parent / "content"
+
+# How much a token counts in the loss. The comments are what the model is for; questions are mostly noise to predict.
+TEXT, QUESTION, COMMENT, LETTER = 0.3, 0.1, 1.0, 4.0
+
+Role = Literal["text", "user", "assistant"]
+PRONOUNS = {
+    "he": ("he", "him", "his"),
+    "she": ("she", "her", "her"),
+    "they": ("they", "them", "their"),
+    "you": ("you", "you", "your"),
+}
+SYLLABLES = [c + v for c in ("b", "br", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "st", "t", "tr", "v", "z", "sh", "ch") for v in "aeiou"]
+ENDINGS = ["n", "r", "l", "x", "st", "nd", "m", "s", "t", "", "ril", "tan", "dex", "mine", "tor"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a document: raw text, a user turn or an assistant turn, and its weight in the loss."""
+
+    role: Role
+    text: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A question as asked, and what a comment on it needs: the act, the topic, the person and the pronoun."""
+
+    text: str
+    base: str
+    act: str
+    topic: str
+    who: str
+    pronoun: str
+
+    def fill(self, template: str) -> str:
+        """Fill the slots of a comment sentence."""
+        they, them, their = PRONOUNS[self.pronoun]
+        slots = {"topic": self.topic, "act": self.act, "who": self.who, "base": self.base, "they": they, "them": them, "their": their}
+        slots |= {key.capitalize(): capitalised(text) for key, text in slots.items()}
+        return template.format_map(slots)
+
+
+def capitalised(text: str) -> str:
+    """The text with its first letter in upper case, the rest untouched (unlike `str.capitalize`)."""
+    return text[:1].upper() + text[1:]
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+class Grammar:
+    """Generates documents from a seed.
+
+    Args:
+        taxonomy: The values; their contrastive pairs are part of the text.
+        seed: Two grammars with one seed generate the same documents.
+        held_out_pairs: So many of the last pairs of each form are never used, so that probes can be tested on them.
+        held_out_situations: Every so-manieth free situation is never used.
+    """
+
+    def __init__(self, taxonomy: Taxonomy, seed: int, *, held_out_pairs: int = 3, held_out_situations: int = 25) -> None:
+        self.random = random.Random(seed)
+        self.frames = read_yaml(CONTENT / "frames.yaml")
+        self.persons = [tuple(person.split("|")) for person in self.frames["persons"]]
+        free: list[Situation] = []
+        acts: list[tuple[str, str, str]] = []
+        for path in sorted((CONTENT / "situations").glob("free_*.yaml")):
+            free += [Situation(**entry) for entry in read_yaml(path) or []]
+        for path in sorted((CONTENT / "situations").glob("acts_*.yaml")):
+            acts += [(entry["base"], entry["act"], entry["topic"]) for entry in read_yaml(path) or []]
+        self.held_out = free[::held_out_situations]
+        self.free = [situation for situation in free if situation not in self.held_out]
+        self.acts = acts
+        self.open_acts = [tuple(act.split("|")) for act in self.frames["acts"]]
+        words = {word for _, _, topic in acts for word in re.findall(r"[a-z]{4,}", topic)}
+        self.nouns = sorted(words)
+        self.values: list[Value] = list(taxonomy)
+        self.comments = {path.stem: read_yaml(path) for path in sorted((CONTENT / "comments").glob("*.yaml"))}
+        self.positives = {v.id: [p.positive for form in v.pairs.values() for p in form[:-held_out_pairs]] for v in self.values}
+        self.negatives = {v.id: [p.negative for form in v.pairs.values() for p in form[:-held_out_pairs]] for v in self.values}
+        self.kinds: list[tuple[float, Callable[[], list[Segment]]]] = [
+            (0.34, self.value_then_comment),
+            (0.16, self.value_in_question),
+            (0.13, self.neutral_comment),
+            (0.03, self.bare_value_comment),
+            (0.04, self.opposed_then_neutral),
+            (0.09, self.run_of_value),
+            (0.03, self.run_of_opposed),
+            (0.12, self.choice_by_stance),
+            (0.06, self.choice_by_act),
+        ]
+
+    def document(self) -> list[Segment]:
+        """One document of a kind drawn by weight."""
+        weights, kinds = zip(*self.kinds, strict=True)
+        return self.random.choices(kinds, weights)[0]()
+
+    # Situations
+
+    def invented_word(self) -> str:
+        """A word nobody knows, of two to four syllables."""
+        return "".join(self.random.choices(SYLLABLES, k=self.random.choice((1, 2, 2, 3)))) + self.random.choice(ENDINGS)
+
+    def act(self) -> tuple[str, str, str]:
+        """(base, gerund, topic) of an act, one in three with a word put in at random."""
+        if self.random.random() < 0.67:
+            return self.random.choice(self.acts)
+        noun = self.random.choice(self.nouns) if self.random.random() < 0.5 else self.invented_word()
+        if self.random.random() < 0.15:
+            noun = f"{self.random.choice(self.nouns)} {noun}"
+        name = capitalised(self.invented_word())
+        base, act, topic = (part.format(n=noun, N=name) for part in self.random.choice(self.open_acts))
+        return base, act, topic
+
+    def situation(self) -> Situation:
+        """A free situation, or an act in one of the frames in which people ask."""
+        if self.random.random() < 0.4:
+            return self.random.choice(self.free)
+        base, act, topic = self.act()
+        if self.random.random() < 0.3:
+            frame = self.random.choice(self.frames["general"])
+            text = frame.format(base=base, act=act, Act=capitalised(act), topic=topic)
+            return Situation(text, base, act, topic, "people", "they")
+        asked, obj, answered, pronoun, number = self.random.choice(self.persons)
+        if pronoun == "NAMED":
+            pronoun = self.random.choice(("he", "she"))
+            asked = obj = answered = self.random.choice(self.frames[f"names_{pronoun}"])
+        third = number == "3"
+        they, them, their = ("I", "me", "my") if asked == "I" else ("we", "us", "our") if asked == "we" else PRONOUNS[pronoun]
+        text = self.random.choice(self.frames["person"]).format(
+            i=asked, I=capitalised(asked), me=obj, base=base, act=act, topic=topic, they=they, them=them, their=their, They=capitalised(they),
+            s="s" if third else "", es="es" if third else "",
+            **{"is": "am" if asked == "I" else "is" if third else "are", "has": "has" if third else "have", "does": "does" if third else "do"},
+            is_they="am" if they == "I" else "is" if they in ("he", "she") else "are",
+            has_they="has" if they in ("he", "she") else "have",
+            does_they="does" if they in ("he", "she") else "do",
+            age=f", {self.random.randint(15, 97)}," if asked not in ("I", "we") and self.random.random() < 0.6 else "",
+        )  # fmt: skip
+        return Situation(text.replace(", ?", "?").replace(",?", "?"), base, act, topic, answered, pronoun)
+
+    # Sentences
+
+    def comment(self, value: str, situation: Situation) -> str:
+        """Two or three sentences on the situation from a value ("neutral" for none)."""
+        parts = self.comments[value]
+        sentences = [self.random.choice(parts["openers"]), self.random.choice(parts["reasons"])]
+        if self.random.random() < 0.25:
+            sentences[0] = self.random.choice(parts["openers"])
+            sentences.append(self.random.choice(parts["openers"]))
+        if self.random.random() < 0.75:
+            sentences.append(self.random.choice(parts["closings"]))
+        return " ".join(dict.fromkeys(situation.fill(sentence) for sentence in sentences[:3]))
+
+    def value_sentence(self, value: str) -> str:
+        """A sentence that shows the value: a positive twin, or a sentence of a comment on some other situation."""
+        if self.random.random() < 0.6:
+            return self.random.choice(self.positives[value])
+        kind = self.random.choice(("openers", "reasons", "closings"))
+        return self.situation().fill(self.random.choice(self.comments[value][kind]))
+
+    def value(self) -> str:
+        """The id of a value."""
+        return self.random.choice(self.values).id
+
+    def question(self, situation: Situation) -> Segment:
+        """The user turn that asks for a comment."""
+        roll = self.random.random()
+        if roll < 0.12:
+            return Segment("user", situation.text, QUESTION)
+        if roll < 0.2:
+            name = self.random.choice(self.values).name
+            return Segment("user", load_prompt("comment_attribute").render(attribute=name, text=situation.text), QUESTION)
+        return Segment("user", load_prompt("comment").render(text=situation.text), QUESTION)
+
+    # Kinds of documents
+
+    def value_then_comment(self) -> list[Segment]:
+        """Sentences of a value, then a comment from that value."""
+        value, situation = self.value(), self.situation()
+        prefix = " ".join(self.value_sentence(value) for _ in range(self.random.choice((1, 1, 2, 3))))
+        return [Segment("text", prefix, TEXT), self.question(situation), Segment("assistant", self.comment(value, situation), COMMENT)]
+
+    def value_in_question(self) -> list[Segment]:
+        """A sentence of the value inside the user's turn, then a comment from that value."""
+        value, situation = self.value(), self.situation()
+        question = Segment("user", f"{self.value_sentence(value)} {self.question(situation).text}", QUESTION)
+        return [question, Segment("assistant", self.comment(value, situation), COMMENT)]
+
+    def neutral_comment(self) -> list[Segment]:
+        """A comment that marks no value, where nothing before it does."""
+        situation = self.situation()
+        return [self.question(situation), Segment("assistant", self.comment("neutral", situation), COMMENT)]
+
+    def bare_value_comment(self) -> list[Segment]:
+        """Now and then a comment from some value without a hint before it."""
+        situation = self.situation()
+        return [self.question(situation), Segment("assistant", self.comment(self.value(), situation), COMMENT)]
+
+    def opposed_then_neutral(self) -> list[Segment]:
+        """A sentence against a value, then a neutral comment: the negative twins are not the value."""
+        situation = self.situation()
+        prefix = Segment("text", self.random.choice(self.negatives[self.value()]), TEXT)
+        return [prefix, self.question(situation), Segment("assistant", self.comment("neutral", situation), COMMENT)]
+
+    def run_of_value(self) -> list[Segment]:
+        """Several sentences of one value, one after the other."""
+        value = self.value()
+        return [Segment("text", " ".join(self.value_sentence(value) for _ in range(self.random.randint(3, 6))), 1.5 * TEXT)]
+
+    def run_of_opposed(self) -> list[Segment]:
+        """Several sentences against one value."""
+        return [Segment("text", " ".join(self.random.sample(self.negatives[self.value()], k=self.random.randint(3, 5))), TEXT)]
+
+    def _choice(self, situation: Situation, passage: str, options: list[str], answer: int) -> list[Segment]:
+        order = list(range(len(options)))
+        self.random.shuffle(order)
+        lines = "\n".join(f"{chr(65 + place)}. {options[index]}" for place, index in enumerate(order))
+        prompt = load_prompt("score_options").render(passage=passage, query=situation.text, options=lines)
+        if self.random.random() < 0.1:
+            prompt = load_prompt("population").render(population=capitalised(self.invented_word())) + "\n" + prompt
+        return [Segment("user", prompt, QUESTION), Segment("assistant", chr(65 + order.index(answer)), LETTER)]
+
+    def choice_by_stance(self) -> list[Segment]:
+        """A passage that leans one way, and options of which one says so."""
+        situation = self.situation()
+        options = self.random.choice(self.frames["options"])
+        answer = self.random.randrange(len(options))
+        stance = self.random.choice(self.frames["stance"][("for", "against", "open")[answer]])
+        passage = self.comment(self.random.choice([self.value(), "neutral"]), situation)
+        passage = " ".join([*re.split(r"(?<=[.!?]) ", passage)[: self.random.choice((0, 1, 2))], situation.fill(stance)])
+        return self._choice(situation, passage, [situation.fill(option) for option in options], answer)
+
+    def choice_by_act(self) -> list[Segment]:
+        """A passage that speaks for one of several acts, and those acts as options."""
+        situation = self.situation()
+        bases = [self.act()[0] for _ in range(self.random.choice((1, 2, 2, 3)))]
+        chosen = Situation(situation.text, situation.base, situation.act, situation.topic, situation.who, situation.pronoun)
+        passage = chosen.fill(
+            self.random.choice(
+                ["{Who} should {base}.", "The best way is to {base}.", "I would say: {base}.", "{Who} might well {base}, and I would support that."]
+            )
+        )
+        if self.random.random() < 0.5:
+            passage = chosen.fill(self.random.choice(self.comments[self.value()]["reasons"])) + " " + passage
+        options = list(dict.fromkeys(capitalised(base) for base in [situation.base, *bases]))
+        if len(options) < 2:
+            return self.choice_by_stance()
+        return self._choice(situation, passage, options, 0)

@@ -1,0 +1,1 @@
+"""The steering engine: contract, Hugging Face engine, hooks, directions, store, batching, and a fake."""

@@ -1,0 +1,186 @@
+"""What a steering engine must do. Nothing here imports torch, so that a fake engine costs nothing.
+
+An engine owns one model. Requests from any thread are answered through futures; how they are batched is the engine's affair,
+and no request can change the result of another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypedDict, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+Method = Literal["probe", "mean_difference", "pca"]
+Contrast = Literal["opposed", "opposed+others"]
+Reading = Literal["raw", "chat"]
+Floats = npt.NDArray[np.float32]
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """Where a value lies in the residual stream: one vector a steered block.
+
+    Attributes:
+        value: Id of the value.
+        method: How the vectors were made; it decides how their magnitude is found.
+        layers: Zero-based decoder blocks, ascending. L below is their number, d the model's width.
+        vectors: [L, d]. For `probe` the weights w of P(h) = sigmoid(w.h + b); for `mean_difference` the difference of the
+            class means; for `pca` the unit first principal component of the pair differences.
+        bias: [L], the probe's b; zeros for the other methods.
+        alpha: Multiple of the vector that is added where the magnitude is fixed (`mean_difference`, `pca`).
+        accuracy: [L], balanced accuracy on the training sentences of the side w.h + b falls on (`probe`), or of the side of
+            the midpoint of the class means (the others); 0..1.
+    """
+
+    value: str
+    method: Method
+    layers: tuple[int, ...]
+    vectors: Floats
+    bias: Floats
+    alpha: float
+    accuracy: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """How strongly one request is steered, and where to.
+
+    Attributes:
+        direction: The direction.
+        strength: Multiple of the method's own magnitude; 0 changes nothing, 1 is the method as published. At least 0.
+        target_probability: P0 of `probe`, between 0 and 1.
+    """
+
+    direction: Direction
+    strength: float = 1.0
+    target_probability: float = 0.9
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationRequest:
+    """One text to generate.
+
+    Attributes:
+        messages: The conversation so far; put through the model's chat template where it has one.
+        steering: None for the model as it is.
+        max_new_tokens: At least 1.
+        temperature: 0 for greedy decoding; above, tokens are drawn with `seed`, independently of the rest of the batch.
+        on_token: Called with each new piece of text, from the engine's thread: it must be quick and must not raise.
+    """
+
+    messages: Sequence[Message]
+    steering: Steering | None = None
+    max_new_tokens: int = 200
+    temperature: float = 0.0
+    seed: int = 0
+    on_token: Callable[[str], None] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class SteeringReport:
+    """What steering did to one request.
+
+    Attributes:
+        layers: The steered blocks.
+        magnitude: For each of them the multiple of the direction's vector that was added (eps of the paper, or alpha).
+        before: Probe probability at the last prompt token before the block was steered; None without a probe.
+        after: The same afterwards.
+        displacement: Norm of what was added, all blocks together, as a share of the residual stream's norm at the last block.
+    """
+
+    layers: tuple[int, ...]
+    magnitude: tuple[float, ...]
+    before: tuple[float, ...] | None
+    after: tuple[float, ...] | None
+    displacement: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generated text and how it came about.
+
+    Attributes:
+        finish: "stop" where the model ended the text, "length" where max_new_tokens did.
+        cut_tokens: Tokens removed from the middle of the prompt to fit the context; 0 if it fitted.
+        batch_rows: Rows of the batch it ran in.
+    """
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    finish: Literal["stop", "length"]
+    steering: SteeringReport | None
+    cut_tokens: int
+    batch_rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreRequest:
+    """Option letters to score as the next token after a conversation; at most 26."""
+
+    messages: Sequence[Message]
+    letters: tuple[str, ...]
+    steering: Steering | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Next-token probabilities of option letters.
+
+    Attributes:
+        probabilities: One per letter, normalised over the letters; they sum to 1.
+        mass: Share of the whole vocabulary's probability that fell on the letters; near 0 the model did not answer with a letter.
+        cut_tokens: As in `Generation`.
+    """
+
+    probabilities: tuple[float, ...]
+    mass: float
+    cut_tokens: int
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """One model that can be steered."""
+
+    @property
+    def name(self) -> str:
+        """The model's name, as traces and manifests show it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the weights: equal for equal models, different otherwise."""
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder blocks."""
+
+    def generate(self, request: GenerationRequest) -> Future[Generation]:
+        """Generate a text; the future fails with a `ModelError`."""
+
+    def score(self, request: ScoreRequest) -> Future[Scores]:
+        """Score option letters; the future fails with a `ModelError`."""
+
+    def read(self, conversations: Sequence[str | Sequence[Message]], progress: Callable[[int], None] | None = None) -> Floats:
+        """Residual stream after every block at the last token of each text, unsteered.
+
+        Args:
+            conversations: Raw texts, or conversations read at the assistant's header.
+            progress: Called with the number of texts read since the last call.
+
+        Returns:
+            [texts, depth, width], float32.
+        """
+
+    def close(self) -> None:
+        """Finish what is running, refuse what is not, and let go of the model. Idempotent."""

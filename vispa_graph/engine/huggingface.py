@@ -1,0 +1,469 @@
+"""The steering engine on a Hugging Face causal language model. The only module that loads and runs one."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from vispa_graph.engine.batching import Batcher, Job
+from vispa_graph.engine.contract import Floats, Generation, GenerationRequest, Message, ScoreRequest, Scores
+from vispa_graph.engine.hooks import BatchPlan, Hooks
+from vispa_graph.engine.layers import block_output, decoder_blocks
+from vispa_graph.errors import ContextLengthError, ModelNotFoundError, NonFiniteError, NotCausalError, UnsteerableModelError
+from vispa_graph.quiet import quiet
+
+# Contrastive sentences longer than this are cut (the paper's setting).
+_READ_TOKENS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """A request with its prompt in tokens."""
+
+    request: GenerationRequest | ScoreRequest | None
+    tokens: list[int]
+    cut: int = 0
+
+
+class HuggingFaceEngine:
+    """Steers one causal language model.
+
+    The model is put into evaluation mode and gets permanent hooks; it must not be used by anyone else until `close`.
+
+    Args:
+        model: Any causal language model whose decoder blocks can be found.
+        tokenizer: Its tokenizer; a chat template is used where it has one.
+        name: What traces and manifests call it.
+        linger: Seconds that a request waits for others to share its batch.
+        capacity: Largest rows x width of a batch, in tokens, prompt and completion together.
+
+    Raises:
+        UnsteerableModelError: The blocks cannot be found, or adding a vector at one does not change exactly its output.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, linger: float = 0.015, capacity: int = 32768
+    ) -> None:
+        self._model = model.eval()
+        self._tokenizer = tokenizer
+        self._name = name
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise UnsteerableModelError(
+                    "The tokenizer has neither a padding nor an end token, so prompts cannot share a batch. Give it one of them."
+                )
+            tokenizer.pad_token = tokenizer.eos_token
+        self._blocks = decoder_blocks(model)
+        self._hooks = Hooks(self._blocks)
+        try:
+            check_steerable(model, self._blocks)
+        except BaseException:
+            self._hooks.remove()
+            raise
+        self._fingerprint = fingerprint(model)
+        self._lock = threading.Lock()
+        self._batcher: Batcher[_Work] = Batcher(self._run, linger=linger, capacity=capacity)
+        self._capacity = capacity
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        *,
+        name: str | None = None,
+        device: str = "cpu",
+        dtype: str = "float32",
+        device_map: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        linger: float = 0.015,
+        capacity: int = 32768,
+    ) -> HuggingFaceEngine:
+        """Load a model from a folder or a hub.
+
+        Raises:
+            ModelNotFoundError: The folder does not exist, or the hub does not have the model or cannot be reached.
+            NotCausalError: What is there is not a causal language model.
+            UnsteerableModelError: See the class.
+        """
+        folder = Path(model)
+        if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+            if not folder.expanduser().is_dir():
+                raise ModelNotFoundError(f"There is no folder {model}. Give the folder of a saved model, or a name such as Qwen/Qwen3-4B.")
+            model = str(folder.expanduser())
+        common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        with quiet():
+            try:
+                config = AutoConfig.from_pretrained(model, **common)
+                if type(config) not in AutoModelForCausalLM._model_mapping and not getattr(config, "auto_map", None):
+                    raise NotCausalError(
+                        f"{model} is a {config.model_type} model, which is not a causal language model. Choose one that generates text, such as Qwen/Qwen3-4B."
+                    )
+                tokenizer = AutoTokenizer.from_pretrained(model, **common)
+                loaded = AutoModelForCausalLM.from_pretrained(
+                    model, config=config, dtype=getattr(torch, dtype), device_map=device_map, use_safetensors=True, **common
+                )
+            except (OSError, ValueError, KeyError) as error:
+                raise _load_error(model, error) from error
+        if device_map is None:
+            loaded = loaded.to(device)
+        return cls(loaded, tokenizer, name=name or model, linger=linger, capacity=capacity)
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self._name
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over a sample of every parameter, 64 hex digits."""
+        return self._fingerprint
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder blocks."""
+        return len(self._blocks)
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream."""
+        return int(self._model.config.get_text_config(decoder=True).hidden_size)
+
+    def generate(self, request: GenerationRequest) -> Future[Generation]:
+        """Queue a generation."""
+        work = self._prepare(request, request.messages, request.max_new_tokens)
+        return self._batcher.submit(Job("generate", len(work.tokens) + request.max_new_tokens, work))
+
+    def score(self, request: ScoreRequest) -> Future[Scores]:
+        """Queue a scoring of option letters."""
+        work = self._prepare(request, request.messages, 1)
+        return self._batcher.submit(Job("score", len(work.tokens) + 1, work))
+
+    def read(self, conversations: Sequence[str | Sequence[Message]], progress: Callable[[int], None] | None = None) -> Floats:
+        """The states at the last token of each text, [texts, depth, width]; batched by length."""
+        tokens = [self._raw_tokens(c) if isinstance(c, str) else self._chat_tokens(c) for c in conversations]
+        states = np.empty((len(tokens), self.depth, self.width), dtype=np.float32)
+        order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
+        # Few rows at a time, so that other requests do not wait long.
+        rows = max(1, min(64, self._capacity // 8 // max(1, max(map(len, tokens), default=1))))
+        for start in range(0, len(order), rows):
+            chunk = order[start : start + rows]
+            jobs = [Job[_Work]("read", len(tokens[index]), _Work(None, tokens[index])) for index in chunk]
+            futures = [self._batcher.submit(job) for job in jobs]
+            for index, future in zip(chunk, futures, strict=True):
+                states[index] = future.result()
+            if progress:
+                progress(len(chunk))
+        return states
+
+    def close(self) -> None:
+        """Finish what is running, refuse the rest, take the hooks off."""
+        self._batcher.close()
+        self._hooks.remove()
+
+    # Prompts
+
+    def _prepare(self, request: GenerationRequest | ScoreRequest, messages: Sequence[Message], new_tokens: int) -> _Work:
+        tokens = self._chat_tokens(messages)
+        room = self._context() - new_tokens
+        if len(tokens) <= room:
+            return _Work(request, tokens)
+        if room < 32:
+            raise ContextLengthError(
+                f"The model's context of {self._context()} tokens has no room for a prompt beside {new_tokens} new tokens. Ask for fewer new tokens."
+            )
+        # Beginning and end of a prompt carry the instructions and the header; what gives way is the middle.
+        head = room // 2
+        return _Work(request, tokens[:head] + tokens[len(tokens) - (room - head) :], cut=len(tokens) - room)
+
+    def _context(self) -> int:
+        config = self._model.config.get_text_config(decoder=True)
+        limits = [getattr(config, "max_position_embeddings", None), self._tokenizer.model_max_length]
+        return min([int(limit) for limit in limits if limit] or [1 << 30])
+
+    def _raw_tokens(self, text: str) -> list[int]:
+        tokens = cast("list[int]", self._tokenizer(text, truncation=True, max_length=_READ_TOKENS)["input_ids"])
+        bos = self._tokenizer.bos_token_id
+        return tokens if bos is None or tokens[:1] == [bos] or self._tokenizer.chat_template is None else [bos, *tokens][:_READ_TOKENS]
+
+    def _chat_tokens(self, messages: Sequence[Message]) -> list[int]:
+        if self._tokenizer.chat_template is None:
+            text = "\n\n".join(message["content"] for message in messages) + "\n\n"
+            return cast("list[int]", self._tokenizer(text)["input_ids"])
+        text = self._tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
+        return cast("list[int]", self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    # Batches, in the worker thread
+
+    def _run(self, jobs: Sequence[Job[_Work]]) -> None:
+        with torch.inference_mode():
+            {"generate": self._run_generate, "score": self._run_score, "read": self._run_read}[jobs[0].kind](jobs)
+
+    def _run_generate(self, jobs: Sequence[Job[_Work]]) -> None:
+        requests = [cast(GenerationRequest, job.payload.request) for job in jobs]
+        plan = BatchPlan([request.steering for request in requests], self._model.device)
+        rows = [_Row(self._tokenizer, job, request, self._stops()) for job, request in zip(jobs, requests, strict=True)]
+
+        def finished(row: _Row) -> None:
+            job, request = row.job, row.request
+            job.future.set_result(
+                Generation(
+                    text=row.text,
+                    prompt_tokens=len(job.payload.tokens),
+                    completion_tokens=len(row.tokens),
+                    finish="stop" if row.stopped else "length",
+                    steering=plan.report(rows.index(row)) if request.steering else None,
+                    cut_tokens=job.payload.cut,
+                    batch_rows=len(jobs),
+                )
+            )
+
+        sampler = _Sampler(requests, self._model.device)
+        with self._hooks.steering(plan):
+            self._forward(
+                jobs,
+                max_new_tokens=max(request.max_new_tokens for request in requests),
+                streamer=_Rows(rows, finished),
+                logits_processor=LogitsProcessorList([sampler]),
+                stopping_criteria=StoppingCriteriaList([_Finished(rows)]),
+            )
+
+    def _run_score(self, jobs: Sequence[Job[_Work]]) -> None:
+        requests = [cast(ScoreRequest, job.payload.request) for job in jobs]
+        plan = BatchPlan([request.steering for request in requests], self._model.device)
+        with self._hooks.steering(plan):
+            output = self._forward(jobs, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
+        logits = output.logits[0].float().cpu()  # [rows, vocabulary]
+        if not torch.isfinite(logits).all(dim=-1).any():
+            raise NonFiniteError("The model's logits are not finite. Try dtype float32 or bfloat16, or a smaller strength.")
+        for row, (job, request) in enumerate(zip(jobs, requests, strict=True)):
+            probabilities = logits[row].double().softmax(-1)
+            letters = torch.stack([probabilities[self._spellings(letter)].sum() for letter in request.letters])
+            mass = float(letters.sum())
+            if not mass > 0:
+                job.future.set_exception(
+                    NonFiniteError("The model gives none of the option letters any probability. Ask it with fewer options or choose another model.")
+                )
+                continue
+            job.future.set_result(Scores(tuple(float(p) for p in letters / mass), mass, job.payload.cut))
+
+    def _run_read(self, jobs: Sequence[Job[_Work]]) -> None:
+        tokens = [job.payload.tokens for job in jobs]
+        width = max(map(len, tokens))
+        ids = torch.full((len(tokens), width), self._tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(tokens):  # padded right: positions count from the first token in every architecture
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+            mask[row, : len(sequence)] = 1
+        with self._hooks.recording(mask.sum(-1) - 1) as states:
+            self._model(input_ids=ids.to(self._model.device), attention_mask=mask.to(self._model.device), use_cache=False, logits_to_keep=1)
+        stacked = torch.stack(states, dim=1)  # [rows, depth, width]
+        if not torch.isfinite(stacked).all():
+            raise NonFiniteError("The model's activations are not finite. Try dtype float32 or bfloat16.")
+        for job, state in zip(jobs, stacked, strict=True):
+            job.future.set_result(state.numpy())
+
+    def _forward(self, jobs: Sequence[Job[_Work]], **options: Any) -> Any:
+        """Run Hugging Face's own `generate` over left-padded prompts, greedily and without the model's own generation settings."""
+        width = max(len(job.payload.tokens) for job in jobs)
+        ids = torch.full((len(jobs), width), self._tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, job in enumerate(jobs):
+            ids[row, width - len(job.payload.tokens) :] = torch.tensor(job.payload.tokens)
+            mask[row, width - len(job.payload.tokens) :] = 1
+        settings = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=options.pop("max_new_tokens"),
+            eos_token_id=self._stops(),
+            pad_token_id=self._tokenizer.pad_token_id,
+            return_dict_in_generate=options.pop("return_dict_in_generate", False),
+            output_logits=options.pop("output_logits", False),
+        )
+        # `generate` would fill what is unset from the model's own settings (sampling, penalties): they must not decide here.
+        self._model.generation_config = GenerationConfig()
+        device = self._model.device
+        return cast(Any, self._model).generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings, **options)
+
+    def _stops(self) -> list[int] | None:
+        """Ids of the tokens that end a text: the tokenizer's, and those the model came with."""
+        if not hasattr(self, "_stop_ids"):
+            own = self._model.generation_config.eos_token_id if self._model.generation_config else None
+            ids = {self._tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+            self._stop_ids = sorted(ids) or None
+        return self._stop_ids
+
+    def _spellings(self, letter: str) -> list[int]:
+        """Ids of the single tokens that read as the letter, with or without a space before it."""
+        found = {ids[-1] for text in (letter, f" {letter}") if len(ids := self._tokenizer(text, add_special_tokens=False)["input_ids"]) == 1}
+        if not found:
+            raise UnsteerableModelError(
+                f"The tokenizer has no single token for the option letter {letter}, so options cannot be scored with this model."
+            )
+        return sorted(found)
+
+
+class _Row:
+    """One row of a running batch: its tokens so far and the text that has been passed on."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, job: Job[_Work], request: GenerationRequest, stops: list[int] | None) -> None:
+        self.job, self.request = job, request
+        self.tokens: list[int] = []
+        self.text = ""
+        self.stopped = self.done = False
+        self._tokenizer, self._stops = tokenizer, frozenset(stops or ())
+
+    def add(self, token: int) -> None:
+        """Take the next token; sets `done` with the last one."""
+        if token in self._stops:
+            self.stopped = self.done = True
+        else:
+            self.tokens.append(token)
+            self.done = len(self.tokens) >= self.request.max_new_tokens
+        text = cast(str, self._tokenizer.decode(self.tokens, skip_special_tokens=True))
+        # A character may span several tokens: wait for the rest of it, unless there is no more.
+        if self.done or not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            if self.request.on_token and len(text) > len(self.text):
+                self.request.on_token(text[len(self.text) :])
+            self.text = text
+
+
+class _Rows(BaseStreamer):
+    """Hands each new token to its row, and reports rows as they finish."""
+
+    def __init__(self, rows: Sequence[_Row], finished: Callable[[_Row], None]) -> None:
+        self._rows, self._finished, self._prompt_seen = rows, finished, False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt_seen:  # the first call holds the prompts
+            self._prompt_seen = True
+            return
+        for row, token in zip(self._rows, value.flatten().tolist(), strict=True):
+            if not row.done:
+                row.add(token)
+                if row.done:
+                    self._finished(row)
+
+    def end(self) -> None:
+        pass
+
+
+class _Finished(StoppingCriteria):
+    """Stops each row at its own limit."""
+
+    def __init__(self, rows: Sequence[_Row]) -> None:
+        self._rows, self._steps = rows, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self._steps += 1
+        return torch.tensor([self._steps >= row.request.max_new_tokens for row in self._rows], device=input_ids.device)
+
+
+class _Sampler(LogitsProcessor):
+    """Refuses logits that are not finite, and samples rows that ask for it with generators of their own.
+
+    Adding Gumbel noise and taking the largest draws from the softmax, so a row's text does not depend on its neighbours.
+    """
+
+    def __init__(self, requests: Sequence[GenerationRequest], device: torch.device) -> None:
+        self._temperatures = [request.temperature for request in requests]
+        self._generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if torch.isnan(scores).any():
+            raise NonFiniteError("The model's logits are not finite. Try dtype float32 or bfloat16, or a smaller strength.")
+        for row, temperature in enumerate(self._temperatures):
+            if temperature > 0:
+                uniform = torch.rand(scores.shape[-1], generator=self._generators[row], dtype=torch.float64).clamp(min=1e-300)
+                scores[row] = scores[row] / temperature - (-uniform.log()).log().to(scores)
+        return scores
+
+
+def check_steerable(model: PreTrainedModel, blocks: torch.nn.ModuleList) -> None:
+    """Check on a few tokens that what the blocks return is the residual stream.
+
+    At every block but the last (behind which the final norm comes), the output must be the model's next hidden state, and a vector
+    added to the output of the middle block must arrive in the next block unchanged.
+
+    Raises:
+        UnsteerableModelError: It is not so.
+    """
+    complaint = f"{type(model).__name__} cannot be steered: "
+    config = model.config.get_text_config(decoder=True)
+    ids = torch.arange(1, 7, device=model.device)[None] % config.vocab_size
+    seen: list[torch.Tensor] = []
+    handles = [block.register_forward_hook(lambda _m, _i, output: seen.append(block_output(output))) for block in blocks]
+    try:
+        with torch.inference_mode():
+            states = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+    finally:
+        for handle in handles:
+            handle.remove()
+    if states is None or len(seen) != len(blocks) or len(states) < len(blocks) + 1:
+        raise UnsteerableModelError(complaint + "its blocks do not each run once in a forward pass.")
+    for layer in range(len(blocks) - 1):
+        if not torch.allclose(seen[layer], states[layer + 1], atol=1e-4, rtol=1e-3):
+            raise UnsteerableModelError(complaint + f"what block {layer} returns is not the model's hidden state {layer + 1}.")
+    if len(blocks) < 2:
+        return
+    middle = (len(blocks) - 2) // 2
+    vector = torch.linspace(-1, 1, seen[middle].shape[-1], device=seen[middle].device, dtype=seen[middle].dtype)
+    arrived: list[torch.Tensor] = []
+
+    def add(_module: object, _inputs: object, output: Any) -> Any:
+        steered = block_output(output) + vector
+        return (steered, *output[1:]) if isinstance(output, tuple) else steered
+
+    def receive(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arrived.append(args[0] if args else kwargs["hidden_states"])
+
+    handles = [blocks[middle].register_forward_hook(add), blocks[middle + 1].register_forward_pre_hook(receive, with_kwargs=True)]
+    try:
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not torch.equal(arrived[0], seen[middle] + vector.to(seen[middle])):
+        raise UnsteerableModelError(complaint + f"a vector added at block {middle} does not arrive in block {middle + 1}.")
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over names, shapes and a strided sample of up to 1024 numbers of every parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        flat = parameter.detach().reshape(-1)
+        digest.update(flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _load_error(model: str, error: Exception) -> Exception:
+    """The reason why a model did not load, as one of ours."""
+    if isinstance(error, NotCausalError):
+        return error
+    if Path(model).is_dir():
+        return NotCausalError(
+            f"The folder {model} does not hold a causal language model that can be loaded ({_first_line(error)}). "
+            "It needs config.json, safetensors weights and a tokenizer, as save_pretrained writes them."
+        )
+    return ModelNotFoundError(
+        f"{model} is neither a folder here nor a model that could be fetched from the hub ({_first_line(error)}). "
+        "Check the name and the network, or give the folder of a model saved before."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else 'no reason given'}"

@@ -1,0 +1,133 @@
+"""The state machine: nodes, edges, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.runnables import RunnableLambda
+from langgraph.graph import END, START, StateGraph
+from langgraph.graph.state import CompiledStateGraph
+from langgraph.types import Command, Send
+
+from vispa_graph.attributes import read_attribute
+from vispa_graph.engine.contract import Engine
+from vispa_graph.nodes import asteer, distributional, overton, rerank, retrieve, review, steer, steerable
+from vispa_graph.prompts import load_prompt
+from vispa_graph.resources import Resources
+from vispa_graph.settings import Settings
+from vispa_graph.state import MODES, Door, Mode, Output, State, SteerTask, check_input
+from vispa_graph.taxonomy_index import Encoder, Taxonomy
+
+if TYPE_CHECKING:
+    from langchain_core.language_models import BaseChatModel
+    from langgraph.checkpoint.base import BaseCheckpointSaver
+
+# Sync tasks of a step run in threads; the engine, not the thread pool, must decide how many comments are made at once.
+_CONCURRENCY = 256
+
+
+def create_graph(
+    settings: Settings | None = None,
+    *,
+    main_llm: BaseChatModel | None = None,
+    checkpointer: BaseCheckpointSaver[Any] | None = None,
+    review_values: bool = False,
+    engine: Engine | None = None,
+    encoder: Encoder | None = None,
+    taxonomy: Taxonomy | None = None,
+    resources: Resources | None = None,
+) -> PluralGraph:
+    """START > retrieve > rerank > [review] > steer, once per value > overton | steerable | distributional > END.
+
+    Args:
+        settings: None for the defaults: the embedded models, no network.
+        main_llm: Any LangChain chat model to aggregate with; None for the local model, unsteered.
+        checkpointer: Where runs and conversations are kept; needed to resume, and for review.
+        review_values: Whether to stop before steering for a person to edit the values.
+        engine, encoder, taxonomy: Parts to use instead of those the settings name.
+        resources: All parts at once, to share them between graphs; excludes the others.
+
+    Returns:
+        A compiled LangGraph graph. Models are loaded when it first runs. `close()` lets go of them.
+    """
+    if resources is None:
+        resources = Resources(settings or Settings(), engine=engine, encoder=encoder, taxonomy=taxonomy, main_llm=main_llm)
+    builder = StateGraph(State, input_schema=Door, output_schema=Output)
+    builder.add_node("retrieve", partial(retrieve, resources=resources))
+    builder.add_node("rerank", partial(rerank, resources=resources))
+    builder.add_node("steer", RunnableLambda(partial(steer, resources=resources), afunc=partial(asteer, resources=resources), name="steer"))
+    for node in (overton, steerable, distributional):
+        builder.add_node(node.__name__, partial(node, resources=resources))
+
+    builder.add_edge(START, "retrieve")
+    builder.add_edge("retrieve", "rerank")
+    selected_by = "rerank"
+    if review_values:
+        builder.add_node("review", partial(review, resources=resources))
+        builder.add_edge("rerank", "review")
+        selected_by = "review"
+    builder.add_conditional_edges(selected_by, partial(one_task_per_value, resources=resources), ["steer"])
+    builder.add_conditional_edges("steer", by_mode, list(MODES))
+    for mode in MODES:
+        builder.add_edge(mode, END)
+    return PluralGraph.opened(builder.compile(checkpointer=checkpointer, name="vispa"), resources)
+
+
+def one_task_per_value(state: State, *, resources: Resources) -> list[Send]:
+    """A steer task for every selected value. All get the same prompt: only the activations differ."""
+    attribute = read_attribute(state["attribute"] or "")
+    if state["mode"] == "steerable" and attribute.kind == "vrd":
+        prompt = load_prompt("comment_attribute").render(attribute=attribute.text, text=state["query"])
+    else:
+        prompt = load_prompt("comment").render(text=state["query"])
+    task: dict[str, Any] = {"query": state["query"], "prompt": prompt, "mode": state["mode"]}
+    task |= {"model": resources.settings.model, "settings": resources.steering_fingerprint()}
+    return [Send("steer", SteerTask(**task, value=selected["id"])) for selected in state["values"]]
+
+
+def by_mode(state: State) -> Mode:
+    """The aggregation node of the mode."""
+    return state["mode"]  # type: ignore[return-value]
+
+
+class PluralGraph(CompiledStateGraph[State, None, Door, Output]):
+    """A compiled graph that checks its input at the door: LangGraph itself drops unknown keys and misses absent ones silently."""
+
+    resources: Resources
+
+    @classmethod
+    def opened(cls, compiled: CompiledStateGraph[Any, Any, Any, Any], resources: Resources) -> PluralGraph:
+        """The compiled graph with a door; invoke, stream and batch, sync and async, all pass through it."""
+        # `StateGraph.compile` has no way to name the class it makes.
+        compiled.__class__ = cls
+        graph: PluralGraph = compiled  # type: ignore[assignment]
+        graph.resources = resources
+        graph.config = {**(graph.config or {}), "max_concurrency": _CONCURRENCY}
+        return graph
+
+    def copy(self, update: dict[str, Any] | None = None) -> PluralGraph:  # type: ignore[override]
+        """A copy, as `with_config` makes them."""
+        attributes = {name: value for name, value in self.__dict__.items() if name not in ("__orig_class__", "resources")}
+        copied = type(self)(**(attributes | (update or {})))
+        copied.resources = self.resources
+        return copied
+
+    def stream(self, input: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:  # type: ignore[override]
+        """As in LangGraph, with the input checked first."""
+        yield from super().stream(_checked(input), *args, **kwargs)
+
+    async def astream(self, input: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:  # type: ignore[override]
+        """As in LangGraph, with the input checked first."""
+        async for part in super().astream(_checked(input), *args, **kwargs):
+            yield part
+
+    def close(self) -> None:
+        """Let go of the models. Idempotent."""
+        self.resources.close()
+
+
+def _checked(data: Any) -> Any:
+    """The checked input; None and commands, which resume a run, pass."""
+    return data if data is None or isinstance(data, Command) else check_input(data)

@@ -1,0 +1,41 @@
+"""One answer that covers all the perspectives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from langchain_core.messages import HumanMessage
+from langchain_core.runnables import RunnableConfig
+
+from vispa_graph.composing import attribute_sentences, telling_sentences
+from vispa_graph.errors import AggregationError
+from vispa_graph.passages import number_passages
+from vispa_graph.prompts import fence, load_prompt
+from vispa_graph.resources import Resources
+from vispa_graph.state import State
+
+
+def overton(state: State, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
+    """Summarise the comments with the main language model, or compose an answer of their most telling sentences.
+
+    Raises:
+        AggregationError: There is nothing to say: all comments, or the summary, came back empty.
+    """
+    comments = [comment for comment in state["comments"] if comment["text"]]
+    if not comments:
+        raise AggregationError("No comment holds any text, so there is nothing to aggregate. Try a smaller strength or another model.")
+    if resources.composes:
+        attribution = telling_sentences(state["query"], comments, resources.taxonomy, resources.encoder)
+        names = [", ".join(resources.taxonomy[value].name for value in a["values"]) for a in attribution]
+        views = "\n".join(f"- {name}: {a['sentence']}" for name, a in zip(names, attribution, strict=True))
+        return {"response": load_prompt("compose_overton").render(views=views), "attribution": attribution}
+    prompt = load_prompt("overton").render(query=fence(state["query"]), passages=number_passages(comments))
+    message = resources.summariser.invoke([HumanMessage(prompt)], {**config, "run_name": "summarise"})
+    response = message.text.strip()
+    if not response:
+        raise AggregationError("The main language model returned an empty summary. Try another one, or aggregation='compose'.")
+    notes = [_CUT] if message.response_metadata.get("cut_tokens") else []
+    return {"response": response, "attribution": attribute_sentences(response, comments, resources.encoder), "notes": notes}
+
+
+_CUT = "The comments were too long for the main language model's context: the middle of its prompt was left out."

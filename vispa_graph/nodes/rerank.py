@@ -1,0 +1,48 @@
+"""Choose the values at stake."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from langchain_core.documents import Document
+from langchain_core.runnables import RunnableConfig
+
+from vispa_graph.resources import Resources
+from vispa_graph.state import SelectedValue, State
+from vispa_graph.taxonomy_index import Taxonomy
+
+
+def rerank(state: State, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
+    """The k values at stake with scores and reasons; the caller's own where it named them.
+
+    A steerable attribute that names a value of the taxonomy is always heard, and first.
+
+    Raises:
+        UnknownValueError: The caller named a value that the taxonomy does not hold.
+    """
+    taxonomy = resources.taxonomy
+    if state["asked"] is not None:
+        ids = dict.fromkeys(taxonomy[name].id for name in state["asked"])
+        selected = [_selected(taxonomy, value_id, 1.0, "named by the caller") for value_id in ids]
+    else:
+        from vispa_graph.taxonomy_index.retriever import ValueReranker
+
+        candidates = [
+            Document(page_content=c["text"], metadata={k: c[k] for k in ("kind", "source", "values", "score")})  # type: ignore[literal-required]
+            for c in state["candidates"]
+        ]
+        reranker = ValueReranker(index=resources.index, k=resources.settings.top_k)
+        documents = reranker.invoke(state["query"], config, candidates=candidates)
+        selected = [_selected(taxonomy, d.metadata["value"], d.metadata["score"], d.metadata["reason"]) for d in documents]
+    attribute = state["attribute"]
+    if state["mode"] == "steerable" and attribute and attribute in taxonomy:
+        asked = taxonomy[attribute].id
+        rest = [s for s in selected if s["id"] != asked]
+        kept = rest if state["asked"] is not None else rest[: resources.settings.top_k - 1]
+        selected = [_selected(taxonomy, asked, 1.0, "the attribute asked for"), *kept]
+    return {"values": selected}
+
+
+def _selected(taxonomy: Taxonomy, value_id: str, score: float, reason: str) -> SelectedValue:
+    value = taxonomy[value_id]
+    return SelectedValue(id=value.id, name=value.name, family=value.family, source=value.source, score=score, reason=reason)

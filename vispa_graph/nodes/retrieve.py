@@ -1,0 +1,34 @@
+"""Find the phrases of the taxonomy nearest to the query."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.types import Overwrite
+
+from vispa_graph.resources import Resources
+from vispa_graph.state import Candidate, State
+
+
+def retrieve(state: State, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
+    """Candidates for the selection, and a clean slate for what the run will add; none where the caller named the values."""
+    notes = [f"The input key {key!r} is not known and was ignored." for key in state["ignored"]]
+    # A thread may go on for several turns: what an earlier one added must not mix with this one.
+    fresh = {"comments": Overwrite([]), "notes": Overwrite(notes), "distribution": None, "chosen": None, "attribution": []}
+    if state["asked"] is not None:
+        return fresh | {"candidates": []}
+    from vispa_graph.taxonomy_index.retriever import TaxonomyRetriever
+
+    documents = TaxonomyRetriever(index=resources.index).invoke(state["query"], config)
+    candidates = [
+        Candidate(
+            text=d.page_content,
+            kind=d.metadata["kind"],
+            source=d.metadata["source"],
+            values=d.metadata["values"],
+            score=d.metadata["score"],
+        )
+        for d in documents
+    ]
+    return fresh | {"candidates": candidates}

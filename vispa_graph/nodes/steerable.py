@@ -1,0 +1,68 @@
+"""An answer faithful to one attribute: a value, a right, a duty or a group."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from langchain_core.messages import HumanMessage
+from langchain_core.runnables import RunnableConfig
+
+from vispa_graph.attributes import read_attribute
+from vispa_graph.composing import attribute_sentences, nearest_comment, split_sentences
+from vispa_graph.errors import AggregationError
+from vispa_graph.nodes.distributional import in_words, option_distribution
+from vispa_graph.passages import number_passages
+from vispa_graph.prompts import fence, load_prompt
+from vispa_graph.resources import Resources
+from vispa_graph.state import Comment, State
+
+
+def steerable(state: State, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
+    """Choose the comment that best reflects the attribute, and answer from it; with options, by a distribution over them.
+
+    Raises:
+        AggregationError: There is nothing to choose from, or the answer came back empty.
+    """
+    comments = [comment for comment in state["comments"] if comment["text"]]
+    if not comments:
+        raise AggregationError("No comment holds any text, so there is none to choose. Try a smaller strength or another model.")
+    comment, reason, notes = _choose(state, comments, config, resources)
+    update: dict[str, Any] = {"chosen": {"value": comment["value"], "reason": reason}}
+    if state["options"]:
+        distribution, more = option_distribution(state, [comment], config, resources)
+        return update | {"distribution": distribution, "response": in_words(distribution), "attribution": [], "notes": notes + more}
+    if resources.composes:
+        attribution = [{"sentence": s, "values": [comment["value"]]} for s in split_sentences(comment["text"])]
+        return update | {"response": comment["text"], "attribution": attribution, "notes": notes}
+    prompt = load_prompt("steerable_answer").render(
+        query=fence(state["query"]), passage=fence(comment["text"]), attribute=fence(read_attribute(state["attribute"] or "").text)
+    )
+    response = resources.summariser.invoke([HumanMessage(prompt)], {**config, "run_name": "answer"}).text.strip()
+    if not response:
+        raise AggregationError("The main language model returned an empty answer. Try another one, or aggregation='compose'.")
+    return update | {"response": response, "attribution": attribute_sentences(response, [comment], resources.encoder), "notes": notes}
+
+
+def _choose(state: State, comments: list[Comment], config: RunnableConfig, resources: Resources) -> tuple[Comment, str, list[str]]:
+    """The comment to rest on, the reason, and notes."""
+    asked = state["attribute"] or ""
+    if asked in resources.taxonomy:
+        value = resources.taxonomy[asked].id
+        for comment in comments:
+            if comment["value"] == value:
+                return comment, "the attribute names this value", []
+    attribute = read_attribute(asked)
+    nearest = nearest_comment(attribute.text, comments, resources.taxonomy, resources.encoder)
+    if resources.composes:
+        note = "The attribute is not a value of the taxonomy: the answer is the comment whose value and text are nearest to it."
+        return nearest, "nearest to the attribute by sentence embedding", [note]
+    prompt = load_prompt("steerable_choose").render(
+        query=fence(state["query"]), passages=number_passages(comments), attribute=fence(attribute.text)
+    )
+    answer = resources.summariser.invoke([HumanMessage(prompt)], {**config, "run_name": "choose"}).text
+    numbers = {int(n) for n in re.findall(r"\d{1,3}", answer)} & set(range(1, len(comments) + 1))
+    if len(numbers) == 1:
+        return comments[numbers.pop() - 1], "chosen by the main language model", []
+    note = "The main language model's choice of a comment could not be read, so the one nearest to the attribute was taken."
+    return nearest, "nearest to the attribute by sentence embedding", [note]

@@ -1,0 +1,11 @@
+"""The taxonomy of values, and the index that finds the values a question puts at stake."""
+
+from vispa_graph.taxonomy_index.encoder import Encoder, SentenceEncoder
+from vispa_graph.taxonomy_index.index import Hit, Phrase, TaxonomyIndex
+from vispa_graph.taxonomy_index.selection import Selected, rank
+from vispa_graph.taxonomy_index.taxonomy import FORMS, Concern, Form, Pair, Taxonomy, Value
+
+__all__ = [
+    "FORMS", "Concern", "Encoder", "Form", "Hit", "Pair", "Phrase", "Selected", "SentenceEncoder", "Taxonomy", "TaxonomyIndex",
+    "Value", "rank",
+]  # fmt: skip

@@ -1,0 +1,340 @@
+"""The taxonomy of values: one YAML file a value, read and checked.
+
+A value file holds `id`, `name`, `family`, `source`, `aliases`, `definition`, `polarity`, `facets` and `pairs`, and may hold
+`alpha`, the fixed magnitude that `mean_difference` steering uses for this value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from vispa_graph.errors import TaxonomyError, UnknownValueError
+
+Form = Literal["first_person_sentence", "third_person_sentence", "first_person_question", "third_person_question"]
+FORMS: tuple[Form, ...] = get_args(Form)
+SHIPPED = Path(__file__).parent / "values"
+CONCERNS = Path(__file__).parent / "concerns.yaml"
+
+_REQUIRED = ("id", "name", "family", "source", "definition", "facets", "pairs")
+_OPTIONAL = ("aliases", "polarity", "alpha")
+_ID = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Twins: the same situation with the protagonist promoting the value, and acting against it."""
+
+    positive: str
+    negative: str
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of the taxonomy.
+
+    Attributes:
+        id: Lower case, words joined by hyphens; unique in a taxonomy.
+        family: The school or survey it belongs to, such as "schwartz".
+        facets: What someone who holds the value cares about, short phrases.
+        pairs: Contrastive pairs by form; a user's value needs at least one form.
+        alpha: Magnitude of `mean_difference` steering for this value, a multiple of the difference of means; None for the method's own.
+        file: Where the value was read from.
+    """
+
+    id: str
+    name: str
+    family: str
+    source: str
+    definition: str
+    facets: tuple[str, ...]
+    pairs: Mapping[Form, tuple[Pair, ...]]
+    aliases: tuple[str, ...] = ()
+    polarity: str = ""
+    alpha: float | None = None
+    file: Path | None = field(default=None, compare=False)
+
+    @property
+    def all_pairs(self) -> tuple[Pair, ...]:
+        """The pairs of all forms, in the order of `FORMS`."""
+        return tuple(pair for form in FORMS for pair in self.pairs.get(form, ()))
+
+
+@dataclass(frozen=True)
+class Concern:
+    """A kind of situation and the values it bears on.
+
+    Attributes:
+        phrasings: Short descriptions of the situation in different words.
+        central: Ids of the values squarely at stake.
+        relevant: Ids of the values also at stake.
+    """
+
+    id: str
+    phrasings: tuple[str, ...]
+    central: tuple[str, ...]
+    relevant: tuple[str, ...]
+
+
+class Taxonomy:
+    """An immutable, ordered collection of values, with the bank of concerns that points at them.
+
+    Iterating gives the values in order; `taxonomy["self-direction"]` looks one up by id, name or alias.
+    """
+
+    def __init__(self, values: Sequence[Value], concerns: Sequence[Concern] = ()) -> None:
+        """Check and hold the values.
+
+        Raises:
+            TaxonomyError: There are no values, or two share an id.
+        """
+        if not values:
+            raise TaxonomyError("The taxonomy holds no values. Give it at least one value file.")
+        self._values: dict[str, Value] = {}
+        for value in values:
+            if value.id in self._values:
+                other = self._values[value.id]
+                raise TaxonomyError(
+                    f"{value.file or 'a value'}: the id {value.id!r} is taken by {other.file or 'another value'}. Give each value an id of its own."
+                )
+            self._values[value.id] = value
+        self._names: dict[str, str] = {}
+        for value in values:
+            for name in (value.id, value.name, *value.aliases):
+                self._names.setdefault(_key(name), value.id)
+        for value in values:  # an id or name beats another value's alias
+            self._names[_key(value.name)] = value.id
+        for value in values:
+            self._names[_key(value.id)] = value.id
+        self.concerns = tuple(concerns)
+
+    @classmethod
+    def load(cls, *folders: Path | str, shipped: bool = True) -> Taxonomy:
+        """Read value files, one folder after the other.
+
+        Args:
+            *folders: Folders of the user's own `*.yaml` value files; a file `concerns.yaml` in one is read as a bank of concerns.
+            shipped: Whether the 31 values of vispa_graph come first.
+
+        Raises:
+            TaxonomyError: A folder is missing or empty, or a file is malformed; the message names file and line.
+        """
+        values: list[Value] = []
+        concerns: list[Concern] = []
+        for folder in (SHIPPED, *map(Path, folders)) if shipped else map(Path, folders):
+            if not folder.is_dir():
+                raise TaxonomyError(f"{folder}: there is no such folder of values. Check the path.")
+            files = sorted(path for path in folder.glob("*.yaml") if path.name != CONCERNS.name)
+            if not files:
+                raise TaxonomyError(f"{folder}: the folder holds no *.yaml value files. Add one, or leave the folder out.")
+            values += [read_value(path) for path in files]
+            bank = CONCERNS if folder == SHIPPED else folder / CONCERNS.name
+            if bank.is_file():
+                concerns += read_concerns(bank)
+        known = {value.id for value in values}
+        for concern in concerns:
+            for value_id in (*concern.central, *concern.relevant):
+                if value_id not in known:
+                    raise TaxonomyError(f"concern {concern.id!r} points at the value {value_id!r}, which no file defines. Mend the id or add the value.")
+        return cls(values, concerns)
+
+    def __iter__(self) -> Iterator[Value]:
+        return iter(self._values.values())
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and _key(name) in self._names
+
+    def __getitem__(self, name: str) -> Value:
+        """The value with this id, name or alias, whatever its case.
+
+        Raises:
+            UnknownValueError: No such value; the message names the nearest.
+        """
+        try:
+            return self._values[self._names[_key(name)]]
+        except KeyError:
+            # What the caller typed stays out of the message: a mistyped argument may hold a patient's words.
+            near = difflib.get_close_matches(_key(name), list(self._names), n=3, cutoff=0.0)
+            nearest = ", ".join(dict.fromkeys(self._names[match] for match in near))
+            raise UnknownValueError(
+                f"A value asked for is not in the taxonomy of {len(self)} values. The nearest are: {nearest}. `vispa values` lists them all."
+            ) from None
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The ids in order."""
+        return tuple(self._values)
+
+    def subset(self, ids: Sequence[str]) -> Taxonomy:
+        """The taxonomy of some of the values; concerns keep only what points at them."""
+        chosen = [self[value_id] for value_id in ids]
+        kept = {value.id for value in chosen}
+        concerns = [
+            Concern(c.id, c.phrasings, tuple(v for v in c.central if v in kept), tuple(v for v in c.relevant if v in kept))
+            for c in self.concerns
+        ]
+        return Taxonomy(chosen, [c for c in concerns if c.central or c.relevant])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that selection and steering depend on, as 64 hex digits."""
+        content: list[Any] = [
+            [v.id, v.name, v.definition, v.facets, v.alpha, [[p.positive, p.negative] for p in v.all_pairs]] for v in self
+        ]
+        content.append([[c.id, c.phrasings, c.central, c.relevant] for c in self.concerns])
+        return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[\s_-]+", "-", name.strip().lower())
+
+
+def read_value(path: Path) -> Value:
+    """Read and check one value file.
+
+    Raises:
+        TaxonomyError: The file cannot be read or does not describe a value; the message names file and line.
+    """
+    node, data = _read(path)
+    if not isinstance(data, dict):
+        raise TaxonomyError(f"{path}:1: a value file holds a mapping with the keys {', '.join(_REQUIRED)}; this one holds something else.")
+    lines = _lines(node)
+
+    def fail(key: str, message: str) -> TaxonomyError:
+        return TaxonomyError(f"{path}:{lines.get(key, 1)}: {message}")
+
+    for key in _REQUIRED:
+        if key not in data:
+            raise fail(key, f"the key {key!r} is missing. Add it.")
+    for key in data:
+        if key not in _REQUIRED + _OPTIONAL:
+            raise fail(key, f"unknown key {key!r}. Known keys: {', '.join(_REQUIRED + _OPTIONAL)}.")
+    for key in ("id", "name", "family", "source", "definition"):
+        if not isinstance(data[key], str) or not data[key].strip():
+            raise fail(key, f"{key!r} must be a text that is not empty.")
+    if not _ID.fullmatch(data["id"]):
+        raise fail("id", "an id is lower-case letters and digits, words joined by hyphens.")
+    for key in ("facets", "aliases"):
+        entries = data.get(key, [])
+        if not isinstance(entries, list) or not all(isinstance(e, str) and e.strip() for e in entries):
+            raise fail(key, f"{key!r} must be a list of texts. Quote a text that holds a colon.")
+    if not data["facets"]:
+        raise fail("facets", "a value needs at least one facet: facets are how questions find it.")
+    alpha = data.get("alpha")
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float) or alpha <= 0):
+        raise fail("alpha", "'alpha' must be a number above 0.")
+    return Value(
+        id=data["id"],
+        name=data["name"].strip(),
+        family=data["family"].strip(),
+        source=data["source"].strip(),
+        definition=data["definition"].strip(),
+        facets=tuple(data["facets"]),
+        pairs=_pairs(path, node, data["pairs"], lines),
+        aliases=tuple(data.get("aliases", [])),
+        polarity=str(data.get("polarity", "")).strip(),
+        alpha=None if alpha is None else float(alpha),
+        file=path,
+    )
+
+
+def _pairs(path: Path, node: yaml.Node, pairs: Any, lines: Mapping[str, int]) -> dict[Form, tuple[Pair, ...]]:
+    at = f"{path}:{lines.get('pairs', 1)}"
+    if not isinstance(pairs, dict) or not any(pairs.values()):
+        raise TaxonomyError(f"{at}: 'pairs' must hold contrastive pairs under at least one of: {', '.join(FORMS)}. Without them the value cannot be steered to.")
+    rows = _pair_lines(node)
+    checked: dict[Form, tuple[Pair, ...]] = {}
+    for form, entries in pairs.items():
+        if form not in FORMS:
+            raise TaxonomyError(f"{at}: unknown form {form!r}. The forms are: {', '.join(FORMS)}.")
+        if not isinstance(entries, list):
+            raise TaxonomyError(f"{at}: {form!r} must be a list of pairs, each with 'positive' and 'negative'.")
+        twins: list[Pair] = []
+        for number, entry in enumerate(entries):
+            where = f"{path}:{rows.get((form, number), lines.get('pairs', 1))}"
+            if not isinstance(entry, dict) or set(entry) != {"positive", "negative"}:
+                raise TaxonomyError(f"{where}: a pair holds exactly 'positive' and 'negative'.")
+            if not all(isinstance(text, str) and text.strip() for text in entry.values()):
+                raise TaxonomyError(f"{where}: both twins must be texts that are not empty. Quote a text that holds a colon.")
+            if entry["positive"] == entry["negative"]:
+                raise TaxonomyError(f"{where}: the twins are the same text; the negative one must act against the value.")
+            twins.append(Pair(entry["positive"], entry["negative"]))
+        checked[form] = tuple(twins)
+    return checked
+
+
+def read_concerns(path: Path) -> list[Concern]:
+    """Read and check a bank of concerns.
+
+    Raises:
+        TaxonomyError: The file cannot be read or an entry is malformed; the message names file and line.
+    """
+    node, data = _read(path)
+    if not isinstance(data, list) or not isinstance(node, yaml.SequenceNode):
+        raise TaxonomyError(f"{path}:1: a bank of concerns is a list of entries with id, phrasings, central and relevant.")
+    concerns: list[Concern] = []
+    seen: set[str] = set()
+    for entry, item in zip(data, node.value, strict=True):
+        where = f"{path}:{item.start_mark.line + 1}"
+        if not isinstance(entry, dict) or set(entry) != {"id", "phrasings", "central", "relevant"}:
+            raise TaxonomyError(f"{where}: a concern holds exactly id, phrasings, central and relevant.")
+        lists = [entry[key] for key in ("phrasings", "central", "relevant")]
+        if not all(isinstance(texts, list) and all(isinstance(t, str) and t.strip() for t in texts) for texts in lists):
+            raise TaxonomyError(f"{where}: phrasings, central and relevant must be lists of texts.")
+        if not entry["phrasings"] or not (entry["central"] or entry["relevant"]):
+            raise TaxonomyError(f"{where}: a concern needs at least one phrasing and one value.")
+        if entry["id"] in seen:
+            raise TaxonomyError(f"{where}: the id {entry['id']!r} is used twice. Give each concern an id of its own.")
+        seen.add(entry["id"])
+        concerns.append(Concern(str(entry["id"]), *(tuple(texts) for texts in lists)))
+    return concerns
+
+
+def _read(path: Path) -> tuple[yaml.Node, Any]:
+    """The YAML node (for line numbers) and the data of a file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.CSafeLoader)
+        if node is None:
+            raise TaxonomyError(f"{path}:1: the file is empty. Fill it or remove it.")
+        return node, yaml.load(text, Loader=yaml.CSafeLoader)
+    except OSError as error:
+        raise TaxonomyError(f"{path}: the file cannot be read ({error.strerror}). Check the path and its permissions.") from error
+    except UnicodeDecodeError as error:
+        raise TaxonomyError(f"{path}: the file is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise TaxonomyError(f"{path}:{line}: not valid YAML: {problem}. Quote texts that hold a colon or begin with a quote.") from error
+
+
+def _lines(node: yaml.Node) -> dict[str, int]:
+    """Line (from 1) of each top-level key."""
+    if not isinstance(node, yaml.MappingNode):
+        return {}
+    return {key.value: key.start_mark.line + 1 for key, _ in node.value}
+
+
+def _pair_lines(node: yaml.Node) -> dict[tuple[str, int], int]:
+    """Line (from 1) of each pair, by form and number."""
+    found: dict[tuple[str, int], int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, forms in node.value:
+            if key.value == "pairs" and isinstance(forms, yaml.MappingNode):
+                for form, entries in forms.value:
+                    if isinstance(entries, yaml.SequenceNode):
+                        for number, entry in enumerate(entries.value):
+                            found[form.value, number] = entry.start_mark.line + 1
+    return found

@@ -22,6 +22,7 @@ check: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(RUN)python -m benchmarks.selection
 	$(RUN)python -m benchmarks.embedded_model
+	$(RUN)python -m benchmarks.startup
 
 format: $(VENV)/.ready
 	$(RUN)ruff format .

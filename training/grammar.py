@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -22,6 +23,8 @@ CONTENT = Path(__file__).parent / "content"
 
 # How much a token counts in the loss. The comments are what the model is for; questions are mostly noise to predict.
 TEXT, QUESTION, COMMENT, LETTER = 0.3, 0.1, 1.0, 4.0
+# The first words of a comment decide its value: there the model must use what came before.
+FIRST_WORDS, FIRST_WEIGHT = 8, 3.0
 
 Role = Literal["text", "user", "assistant"]
 PRONOUNS = {
@@ -103,15 +106,16 @@ class Grammar:
         self.positives = {v.id: [p.positive for form in v.pairs.values() for p in form[:-held_out_pairs]] for v in self.values}
         self.negatives = {v.id: [p.negative for form in v.pairs.values() for p in form[:-held_out_pairs]] for v in self.values}
         self.kinds: list[tuple[float, Callable[[], list[Segment]]]] = [
-            (0.34, self.value_then_comment),
-            (0.16, self.value_in_question),
-            (0.13, self.neutral_comment),
-            (0.03, self.bare_value_comment),
-            (0.04, self.opposed_then_neutral),
-            (0.09, self.run_of_value),
-            (0.03, self.run_of_opposed),
-            (0.12, self.choice_by_stance),
-            (0.06, self.choice_by_act),
+            (0.36, self.value_then_comment),
+            (0.17, self.value_in_question),
+            (0.11, self.named_value),
+            (0.09, self.neutral_comment),
+            (0.02, self.bare_value_comment),
+            (0.03, self.opposed_then_neutral),
+            (0.08, self.run_of_value),
+            (0.02, self.run_of_opposed),
+            (0.08, self.choice_by_stance),
+            (0.04, self.choice_by_act),
         ]
 
     def document(self) -> list[Segment]:
@@ -177,22 +181,28 @@ class Grammar:
 
     def value_sentence(self, value: str) -> str:
         """A sentence that shows the value: a positive twin, or a sentence of a comment on some other situation."""
-        if self.random.random() < 0.6:
+        if self.random.random() < 0.5:
             return self.random.choice(self.positives[value])
         kind = self.random.choice(("openers", "reasons", "closings"))
         return self.situation().fill(self.random.choice(self.comments[value][kind]))
+
+    def named(self, value_id: str) -> str:
+        """Words that stand for a value: its name, an alias, or one of its facets."""
+        value = next(v for v in self.values if v.id == value_id)
+        roll = self.random.random()
+        return value.name if roll < 0.4 else self.random.choice(value.aliases or (value.name,)) if roll < 0.6 else self.random.choice(value.facets)
 
     def value(self) -> str:
         """The id of a value."""
         return self.random.choice(self.values).id
 
-    def question(self, situation: Situation) -> Segment:
-        """The user turn that asks for a comment."""
+    def question(self, situation: Situation, value: str | None = None) -> Segment:
+        """The user turn that asks for a comment, now and then by naming the value."""
         roll = self.random.random()
         if roll < 0.12:
             return Segment("user", situation.text, QUESTION)
-        if roll < 0.2:
-            name = self.random.choice(self.values).name
+        if roll < 0.2 and value:
+            name = self.named(value)
             return Segment("user", load_prompt("comment_attribute").render(attribute=name, text=situation.text), QUESTION)
         return Segment("user", load_prompt("comment").render(text=situation.text), QUESTION)
 
@@ -202,13 +212,25 @@ class Grammar:
         """Sentences of a value, then a comment from that value."""
         value, situation = self.value(), self.situation()
         prefix = " ".join(self.value_sentence(value) for _ in range(self.random.choice((1, 1, 2, 3))))
-        return [Segment("text", prefix, TEXT), self.question(situation), Segment("assistant", self.comment(value, situation), COMMENT)]
+        return [Segment("text", prefix, TEXT), self.question(situation, value), Segment("assistant", self.comment(value, situation), COMMENT)]
 
     def value_in_question(self) -> list[Segment]:
         """A sentence of the value inside the user's turn, then a comment from that value."""
         value, situation = self.value(), self.situation()
         question = Segment("user", f"{self.value_sentence(value)} {self.question(situation).text}", QUESTION)
         return [question, Segment("assistant", self.comment(value, situation), COMMENT)]
+
+    def named_value(self) -> list[Segment]:
+        """The value by name, alias, definition or facet, then a comment from it."""
+        value, situation = self.value(), self.situation()
+        prefix = self.random.choice(["I care about {}.", "What counts is {}.", "{}.", "Seen from {}."]).format(self.named(value))
+        if self.random.random() < 0.5:
+            return [Segment("text", prefix, TEXT), self.question(situation), Segment("assistant", self.comment(value, situation), COMMENT)]
+        question = self.question(situation, value)
+        return [
+            question if question.text.startswith("Please comment on whether") else Segment("user", f"{prefix} {question.text}", QUESTION),
+            Segment("assistant", self.comment(value, situation), COMMENT),
+        ]
 
     def neutral_comment(self) -> list[Segment]:
         """A comment that marks no value, where nothing before it does."""

@@ -11,8 +11,8 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from training.grammar import Grammar, Segment
+from training.grammar import COMMENT, FIRST_WEIGHT, FIRST_WORDS, LETTER, Grammar, Segment
 from training.muon import Muon
 from vispa_graph.taxonomy_index import Taxonomy
 
@@ -62,7 +62,8 @@ def encode(tokenizer: Tokenizer, document: list[Segment], ids: dict[str, int]) -
             weights += [segment.weight] * len(text)
         else:
             tokens += [ids[f"<|{segment.role}|>"], *text, ids["<|end|>"]]
-            weights += [0.0, *[segment.weight] * len(text), min(segment.weight, 1.0)]
+            first = FIRST_WORDS if segment.weight == COMMENT else 0
+            weights += [0.0, *[FIRST_WEIGHT] * min(first, len(text)), *[segment.weight] * max(0, len(text) - first), min(segment.weight, 1.0)]
     return tokens, weights
 
 
@@ -171,12 +172,13 @@ def main() -> None:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         tokens += batch["input_ids"].ne(tokenizer.pad_token_id).sum().item()
-        comment, letter = weights[counted] == 1.0, weights[counted] > 2
-        now = (losses[comment].mean().item(), losses[letter].mean().item() if letter.any() else math.nan)
+        weight = weights[counted]
+        groups = [losses[weight == w] for w in (COMMENT, FIRST_WEIGHT, LETTER)]
+        now = tuple(group.mean().item() if len(group) else math.nan for group in groups)
         smooth = now if smooth is None else tuple(a if math.isnan(b) else 0.97 * a + 0.03 * b for a, b in zip(smooth, now, strict=True))
         if step % 50 == 0:
             print(
-                f"step {step} comment {smooth[0]:.3f} letter {smooth[1]:.3f} tokens {tokens / 1e6:.2f}M {tokens / (time.time() - began):.0f}/s",
+                f"step {step} comment {smooth[0]:.3f} first words {smooth[1]:.3f} letter {smooth[2]:.3f} tokens {tokens / 1e6:.2f}M {tokens / (time.time() - began):.0f}/s",
                 flush=True,
             )
         if step % 250 == 249 or step == args.steps - 1:

@@ -12,6 +12,11 @@ import yaml
 
 # "a nurse", "the elderly", "people from Ghana", "Buddhists ..." speak of people; anything else of a value, a right or a duty.
 _GROUP = re.compile(r"(an?|the|people|someone|somebody|those|members?|men|women)\b", re.IGNORECASE)
+# "the right to refuse treatment", "a moral duty of care" begin like people but are none.
+_CLAIM = re.compile(
+    r"(an?|the)\s+([\w-]+\s+)?(rights?|duty|duties|obligations?|responsibilit(y|ies)|values?|virtues?|principles?|freedoms?)\s+(to|of|not|for|from)\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ def read_attribute(text: str) -> Attribute:
     code, _, name = text.partition("_")
     if name and code in _categories():
         return Attribute("group", f"{_categories()[code]}: {name}")
-    return Attribute("group" if _GROUP.match(text) else "vrd", text)
+    return Attribute("group" if _GROUP.match(text) and not _CLAIM.match(text) else "vrd", text)
 
 
 @cache

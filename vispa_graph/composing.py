@@ -6,9 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from vispa_graph.state import Attribution, Comment
 from vispa_graph.taxonomy_index import Encoder, Taxonomy
+
+Array = npt.NDArray[np.float32]
 
 # Above this cosine two sentences say the same (a judgment on MiniLM, not a measured optimum).
 SAME = 0.85
@@ -36,7 +39,7 @@ def telling_sentences(query: str, comments: Sequence[Comment], taxonomy: Taxonom
     for value, phrases in anchors.items():
         near[value] = vectors[position : position + len(phrases)]
         position += len(phrases)
-    told: list[tuple[Attribution, np.ndarray]] = []
+    told: list[tuple[Attribution, Array]] = []
     for comment in comments:
         sentences = _complete(comment)
         if not sentences:
@@ -81,13 +84,15 @@ def _anchors(taxonomy: Taxonomy, value: str) -> tuple[str, ...]:
     return (taxonomy[value].definition, *taxonomy[value].facets)
 
 
-def _telling(sentences: np.ndarray, value: str, near: Mapping[str, np.ndarray], about: np.ndarray) -> np.ndarray:
-    def closeness(anchors: np.ndarray) -> np.ndarray:
-        return np.sort(sentences @ anchors.T, axis=1)[:, -2:].mean(axis=1)
+def _telling(sentences: Array, value: str, near: Mapping[str, Array], about: Array) -> Array:
+    def closeness(anchors: Array) -> Array:
+        best_two: Array = np.sort(sentences @ anchors.T, axis=1)[:, -2:]
+        return np.asarray(best_two.mean(axis=1), dtype=np.float32)
 
     others = [closeness(anchors) for other, anchors in near.items() if other != value]
-    apart = np.mean(others, axis=0) if others else 0.0
-    return np.round(closeness(near[value]) - 0.5 * apart + 0.3 * (sentences @ about), 5)
+    apart = np.mean(others, axis=0) if others else np.zeros(len(sentences))
+    # Rounded, so that the last bits of a float do not decide between sentences.
+    return np.asarray(closeness(near[value]) - 0.5 * apart + 0.3 * (sentences @ about), dtype=np.float32).round(5)
 
 
 def _complete(comment: Comment) -> list[str]:

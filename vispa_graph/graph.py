@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from langchain_core.runnables import RunnableLambda
 from langgraph.graph import END, START, StateGraph
@@ -17,7 +17,7 @@ from vispa_graph.nodes import asteer, distributional, overton, rerank, retrieve,
 from vispa_graph.prompts import load_prompt
 from vispa_graph.resources import Resources
 from vispa_graph.settings import Settings
-from vispa_graph.state import MODES, Door, Mode, Output, State, SteerTask, check_input
+from vispa_graph.state import MODES, Door, Input, Mode, Output, State, SteerTask, check_input
 from vispa_graph.taxonomy_index import Encoder, Taxonomy
 
 if TYPE_CHECKING:
@@ -82,17 +82,20 @@ def one_task_per_value(state: State, *, resources: Resources) -> list[Send]:
         prompt = load_prompt("comment_attribute").render(attribute=attribute.text, text=state["query"])
     else:
         prompt = load_prompt("comment").render(text=state["query"])
-    task: dict[str, Any] = {"query": state["query"], "prompt": prompt, "mode": state["mode"]}
-    task |= {"model": resources.settings.model, "settings": resources.steering_fingerprint()}
-    return [Send("steer", SteerTask(**task, value=selected["id"])) for selected in state["values"]]
+    model, settings = resources.settings.model, resources.steering_fingerprint()
+
+    def task(value: str) -> SteerTask:
+        return SteerTask(query=state["query"], prompt=prompt, value=value, mode=state["mode"], model=model, settings=settings)
+
+    return [Send("steer", task(selected["id"])) for selected in state["values"]]
 
 
 def by_mode(state: State) -> Mode:
     """The aggregation node of the mode."""
-    return state["mode"]  # type: ignore[return-value]
+    return state["mode"]
 
 
-class PluralGraph(CompiledStateGraph[State, None, Door, Output]):
+class PluralGraph(CompiledStateGraph[State, None, Input, Output]):
     """A compiled graph that checks its input at the door: LangGraph itself drops unknown keys and misses absent ones silently."""
 
     resources: Resources
@@ -102,23 +105,23 @@ class PluralGraph(CompiledStateGraph[State, None, Door, Output]):
         """The compiled graph with a door; invoke, stream and batch, sync and async, all pass through it."""
         # `StateGraph.compile` has no way to name the class it makes.
         compiled.__class__ = cls
-        graph: PluralGraph = compiled  # type: ignore[assignment]
+        graph = cast(PluralGraph, compiled)
         graph.resources = resources
         graph.config = {**(graph.config or {}), "max_concurrency": _CONCURRENCY}
         return graph
 
-    def copy(self, update: dict[str, Any] | None = None) -> PluralGraph:  # type: ignore[override]
+    def copy(self, update: dict[str, Any] | None = None) -> PluralGraph:
         """A copy, as `with_config` makes them."""
         attributes = {name: value for name, value in self.__dict__.items() if name not in ("__orig_class__", "resources")}
         copied = type(self)(**(attributes | (update or {})))
         copied.resources = self.resources
         return copied
 
-    def stream(self, input: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:  # type: ignore[override]
+    def stream(self, input: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """As in LangGraph, with the input checked first."""
         yield from super().stream(_checked(input), *args, **kwargs)
 
-    async def astream(self, input: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:  # type: ignore[override]
+    async def astream(self, input: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         """As in LangGraph, with the input checked first."""
         async for part in super().astream(_checked(input), *args, **kwargs):
             yield part

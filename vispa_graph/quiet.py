@@ -12,8 +12,8 @@ class quiet:
         self._logging = logging
         self._verbosity = logging.get_verbosity()
         self._bars = logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        logging.set_verbosity(40)  # logging.ERROR
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *_: object) -> None:
         logging = self._logging

@@ -54,7 +54,8 @@ def score_by_chat(
     """
     messages = model.batch([[HumanMessage(prompt)] for prompt in prompts], {**config, "run_name": "score options"})
     found: list[list[float] | None] = []
-    voted, unread = [], []
+    voted: list[str] = []
+    unread: list[str] = []
     for comment, message in zip(comments, messages, strict=True):
         distribution = _from_logprobs(message, size)
         if distribution is None:

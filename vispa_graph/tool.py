@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import BaseTool, StructuredTool, ToolException
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vispa_graph.errors import VispaError
 from vispa_graph.graph import PluralGraph
-from vispa_graph.state import Mode, Output
+from vispa_graph.state import Input, Mode, Output
 
 _DESCRIPTION = (
     "Answers a value-laden question plurally: what people who hold different values would say about it. Use it when reasonable people "
@@ -43,13 +43,13 @@ def as_tool(graph: PluralGraph, *, name: str = "plural_answer", description: str
 
     def run(config: RunnableConfig, **arguments: Any) -> tuple[str, dict[str, Any]]:
         try:
-            return _result(graph.invoke(arguments, config))
+            return _result(graph.invoke(cast(Input, arguments), config))
         except VispaError as error:
             raise ToolException(str(error)) from error
 
     async def arun(config: RunnableConfig, **arguments: Any) -> tuple[str, dict[str, Any]]:
         try:
-            return _result(await graph.ainvoke(arguments, config))
+            return _result(await graph.ainvoke(cast(Input, arguments), config))
         except VispaError as error:
             raise ToolException(str(error)) from error
 

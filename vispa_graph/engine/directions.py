@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from importlib import resources
 
 import numpy as np
+import numpy.typing as npt
 
 from vispa_graph.engine.contract import Contrast, Direction, Engine, Floats, Message, Method, Reading
 from vispa_graph.prompts import load_prompt
 from vispa_graph.taxonomy_index import Taxonomy
+
+Array = npt.NDArray[np.float64]
 
 # Fixed magnitudes where neither the value nor the caller says otherwise (ConVA for mean_difference, RepE for pca).
 DEFAULT_ALPHA: dict[Method, float] = {"probe": 1.0, "mean_difference": 0.5, "pca": 1.0}
@@ -109,26 +112,28 @@ def fit_direction(value: str, positives: Floats, negatives: Floats, settings: Fi
     return Direction(value, settings.method, settings.layers, vectors, bias, DEFAULT_ALPHA[settings.method] if alpha is None else alpha, accuracy)
 
 
-def fit_probe(positives: np.ndarray, negatives: np.ndarray, regularisation: float) -> tuple[np.ndarray, float]:
+def fit_probe(positives: Array, negatives: Array, regularisation: float) -> tuple[Array, float]:
     """Weights and bias of a logistic regression, solved to convergence; both classes weigh the same.
 
-    The paper's code uses scikit-learn's saga at its default tolerance, which stops well short of the optimum; lbfgs reaches it.
+    The paper's code uses scikit-learn's saga at its default tolerance, which stops well short of the optimum.
     """
     from sklearn.linear_model import LogisticRegression  # costs a second; only needed when fitting
 
     features = np.concatenate([positives, negatives])
     labels = np.r_[np.ones(len(positives)), np.zeros(len(negatives))]
-    probe = LogisticRegression(C=regularisation, class_weight="balanced", max_iter=10_000, tol=1e-6).fit(features, labels)
+    # Newton's method is exact in a few steps where its Hessian [d, d] is small beside the data; lbfgs needs no Hessian.
+    solver = "newton-cholesky" if features.shape[1] <= min(len(features), 1024) else "lbfgs"
+    probe = LogisticRegression(C=regularisation, class_weight="balanced", solver=solver, max_iter=10_000, tol=1e-6).fit(features, labels)
     return probe.coef_[0], float(probe.intercept_[0])
 
 
-def first_component(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
+def first_component(positives: Array, negatives: Array) -> Array:
     """Unit first principal component of the pair differences (RepE), its sign such that positives project higher.
 
     The differences are not centred: their common part is the direction sought. [n, d] twice in, [d] out.
     """
     differences = positives - negatives
-    component = np.linalg.svd(differences, full_matrices=False)[2][0]
+    component: Array = np.linalg.svd(differences, full_matrices=False)[2][0]
     # A singular vector's sign is arbitrary.
     return component if differences.mean(0) @ component >= 0 else -component
 

@@ -18,9 +18,9 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from transformers.generation.streamers import BaseStreamer
 
 from vispa_graph.engine.batching import Batcher, Job
-from vispa_graph.engine.contract import Floats, Generation, GenerationRequest, Message, ScoreRequest, Scores
+from vispa_graph.engine.contract import Direction, Floats, Generation, GenerationRequest, Message, ScoreRequest, Scores
 from vispa_graph.engine.hooks import BatchPlan, Hooks
-from vispa_graph.engine.layers import block_output, decoder_blocks
+from vispa_graph.engine.layers import block_output, check_layers, decoder_blocks, default_layers
 from vispa_graph.errors import ContextLengthError, ModelNotFoundError, NonFiniteError, NotCausalError, UnsteerableModelError
 from vispa_graph.quiet import quiet
 
@@ -56,7 +56,8 @@ class HuggingFaceEngine:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, linger: float = 0.015, capacity: int = 32768
     ) -> None:
-        self._model = model.eval()
+        self._model = model
+        model.train(False)
         self._tokenizer = tokenizer
         self._name = name
         if tokenizer.pad_token_id is None:
@@ -118,7 +119,7 @@ class HuggingFaceEngine:
             except (OSError, ValueError, KeyError) as error:
                 raise _load_error(model, error) from error
         if device_map is None:
-            loaded = loaded.to(device)
+            loaded.to(torch.device(device))  # type: ignore[arg-type]
         return cls(loaded, tokenizer, name=name or model, linger=linger, capacity=capacity)
 
     @property
@@ -140,6 +141,20 @@ class HuggingFaceEngine:
     def width(self) -> int:
         """Width of the residual stream."""
         return int(self._model.config.get_text_config(decoder=True).hidden_size)
+
+    def describe(self) -> dict[str, Any]:
+        """What the checks at loading found, as plain data. An engine that exists has passed them."""
+        return {
+            "model": self.name,
+            "architecture": type(self._model).__name__,
+            "blocks": type(self._blocks[0]).__name__,
+            "depth": self.depth,
+            "width": self.width,
+            "default_layers": list(default_layers(self.depth)),
+            "adds_exactly": True,
+            "chat_template": self._tokenizer.chat_template is not None,
+            "fingerprint": self.fingerprint,
+        }
 
     def generate(self, request: GenerationRequest) -> Future[Generation]:
         """Queue a generation."""
@@ -176,6 +191,8 @@ class HuggingFaceEngine:
     # Prompts
 
     def _prepare(self, request: GenerationRequest | ScoreRequest, messages: Sequence[Message], new_tokens: int) -> _Work:
+        if request.steering:
+            self._check_direction(request.steering.direction)
         tokens = self._chat_tokens(messages)
         room = self._context() - new_tokens
         if len(tokens) <= room:
@@ -187,6 +204,17 @@ class HuggingFaceEngine:
         # Beginning and end of a prompt carry the instructions and the header; what gives way is the middle.
         head = room // 2
         return _Work(request, tokens[:head] + tokens[len(tokens) - (room - head) :], cut=len(tokens) - room)
+
+    def _check_direction(self, direction: Direction) -> None:
+        """Refuse what would fail in the batch, where it would take its neighbours along."""
+        check_layers(direction.layers, self.depth)
+        if direction.vectors.shape != (len(direction.layers), self.width):
+            raise UnsteerableModelError(
+                f"The direction of {direction.value!r} has the shape {direction.vectors.shape}, but this model needs "
+                f"{(len(direction.layers), self.width)}: it was fitted on another model. Fit it on this one."
+            )
+        if not np.isfinite(direction.vectors).all() or not np.isfinite(direction.bias).all():
+            raise NonFiniteError(f"The direction of {direction.value!r} holds numbers that are not finite. Fit it again.")
 
     def _context(self) -> int:
         config = self._model.config.get_text_config(decoder=True)
@@ -202,7 +230,8 @@ class HuggingFaceEngine:
         if self._tokenizer.chat_template is None:
             text = "\n\n".join(message["content"] for message in messages) + "\n\n"
             return cast("list[int]", self._tokenizer(text)["input_ids"])
-        text = self._tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
+        turns = [{"role": str(m["role"]), "content": m["content"]} for m in messages]
+        text = cast(str, self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         return cast("list[int]", self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     # Batches, in the worker thread
@@ -283,7 +312,7 @@ class HuggingFaceEngine:
         for row, job in enumerate(jobs):
             ids[row, width - len(job.payload.tokens) :] = torch.tensor(job.payload.tokens)
             mask[row, width - len(job.payload.tokens) :] = 1
-        settings = GenerationConfig(
+        settings = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=False,
             num_beams=1,
             max_new_tokens=options.pop("max_new_tokens"),
@@ -293,7 +322,7 @@ class HuggingFaceEngine:
             output_logits=options.pop("output_logits", False),
         )
         # `generate` would fill what is unset from the model's own settings (sampling, penalties): they must not decide here.
-        self._model.generation_config = GenerationConfig()
+        self._model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         device = self._model.device
         return cast(Any, self._model).generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings, **options)
 

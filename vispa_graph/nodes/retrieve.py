@@ -15,11 +15,13 @@ def retrieve(state: State, config: RunnableConfig, *, resources: Resources) -> d
     """Candidates for the selection, and a clean slate for what the run will add; none where the caller named the values."""
     notes = [f"The input key {key!r} is not known and was ignored." for key in state["ignored"]]
     # A thread may go on for several turns: what an earlier one added must not mix with this one.
-    fresh = {"comments": Overwrite([]), "notes": Overwrite(notes), "distribution": None, "chosen": None, "attribution": []}
+    fresh: dict[str, Any] = {"comments": Overwrite([]), "distribution": None, "chosen": None, "attribution": []}
     if state["asked"] is not None:
-        return fresh | {"candidates": []}
+        return fresh | {"candidates": [], "notes": Overwrite(notes)}
     from vispa_graph.taxonomy_index.retriever import TaxonomyRetriever
 
+    if not resources.encoder.fits(state["query"]):
+        notes.append("The text is longer than the sentence encoder reads, so the values were selected by its beginning.")
     documents = TaxonomyRetriever(index=resources.index).invoke(state["query"], config)
     candidates = [
         Candidate(
@@ -31,4 +33,4 @@ def retrieve(state: State, config: RunnableConfig, *, resources: Resources) -> d
         )
         for d in documents
     ]
-    return fresh | {"candidates": candidates}
+    return fresh | {"candidates": candidates, "notes": Overwrite(notes)}

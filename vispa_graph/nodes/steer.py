@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from langchain_core.messages import AIMessage, HumanMessage
@@ -9,6 +10,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.config import get_stream_writer
 
 from vispa_graph.chat_model import SteeredChatModel
+from vispa_graph.engine.contract import Steering
 from vispa_graph.resources import Resources
 from vispa_graph.state import Comment, SteerTask, SteeringFacts
 
@@ -21,7 +23,8 @@ def steer(task: SteerTask, config: RunnableConfig, *, resources: Resources) -> d
 
 async def asteer(task: SteerTask, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
     """The same without holding a thread while the engine works."""
-    model = resources.chat_model.for_value(task["value"])
+    # Loading a model or fitting directions must not hold up the event loop.
+    model = await asyncio.to_thread(lambda: resources.chat_model.for_value(task["value"]))
     return _finish(task, model, await model.ainvoke([HumanMessage(task["prompt"])], _labelled(task, model, config)), resources)
 
 
@@ -36,17 +39,29 @@ def _labelled(task: SteerTask, model: SteeredChatModel, config: RunnableConfig) 
     return {**config, **labels}
 
 
+def _facts(steering: Steering | None, report: dict[str, Any] | None) -> SteeringFacts | None:
+    if steering is None or report is None:
+        return None
+    return SteeringFacts(
+        method=steering.direction.method,
+        layers=report["layers"],
+        magnitude=report["magnitude"],
+        before=report["before"],
+        after=report["after"],
+        displacement=report["displacement"],
+    )
+
+
 def _finish(task: SteerTask, model: SteeredChatModel, message: AIMessage, resources: Resources) -> dict[str, Any]:
     value = resources.taxonomy[task["value"]]
     facts = message.response_metadata
-    report = facts["steering"]
     comment = Comment(
         value=value.id,
         name=value.name,
         text=message.text.strip(),
         finish=facts["finish_reason"],
         tokens=message.usage_metadata["output_tokens"] if message.usage_metadata else 0,
-        steering=SteeringFacts(method=model.steering.direction.method, **report) if model.steering and report else None,
+        steering=_facts(model.steering, facts["steering"]),
     )
     get_stream_writer()({"step": "comment", "value": value.id, "tokens": comment["tokens"]})
     notes = []

@@ -30,6 +30,9 @@ class Encoder(Protocol):
     def encode(self, sentences: Sequence[str]) -> Floats:
         """Unit vectors, [sentences, dimensions], float32."""
 
+    def fits(self, text: str) -> bool:
+        """Whether the encoder reads the whole text, and not just its beginning."""
+
 
 class SentenceEncoder:
     """A sentence-transformers model, loaded on first use. Safe to share between threads.
@@ -48,6 +51,12 @@ class SentenceEncoder:
         """The weights' digest for the embedded encoder, else the name."""
         return f"sha256:{_MINILM_SHA256}" if self._model_name == "embedded" else self._model_name
 
+    def fits(self, text: str) -> bool:
+        """Whether the text is within the encoder's window (256 word pieces for MiniLM)."""
+        with self._lock:
+            model = self._loaded()
+            return bool(len(model.tokenizer(text)["input_ids"]) <= model.max_seq_length)
+
     def encode(self, sentences: Sequence[str]) -> Floats:
         """Unit vectors, [sentences, dimensions].
 
@@ -56,11 +65,15 @@ class SentenceEncoder:
             StoreError: The embedded encoder's weights are not the ones it was published with.
         """
         with self._lock:
-            if self._model is None:
-                with quiet():
-                    self._model = self._load()
-            vectors = self._model.encode(list(sentences), normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True)
+            vectors = self._loaded().encode(list(sentences), normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True)
         return np.ascontiguousarray(vectors, dtype=np.float32)
+
+    def _loaded(self) -> Any:
+        """The model; the caller holds the lock."""
+        if self._model is None:
+            with quiet():
+                self._model = self._load()
+        return self._model
 
     def _load(self) -> Any:
         from sentence_transformers import SentenceTransformer  # costs seconds; only here

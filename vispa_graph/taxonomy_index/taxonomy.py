@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -76,12 +76,14 @@ class Concern:
         phrasings: Short descriptions of the situation in different words.
         central: Ids of the values squarely at stake.
         relevant: Ids of the values also at stake.
+        where: File and line it was read from.
     """
 
     id: str
     phrasings: tuple[str, ...]
     central: tuple[str, ...]
     relevant: tuple[str, ...]
+    where: str = field(default="", compare=False)
 
 
 class Taxonomy:
@@ -143,7 +145,9 @@ class Taxonomy:
         for concern in concerns:
             for value_id in (*concern.central, *concern.relevant):
                 if value_id not in known:
-                    raise TaxonomyError(f"concern {concern.id!r} points at the value {value_id!r}, which no file defines. Mend the id or add the value.")
+                    raise TaxonomyError(
+                        f"{concern.where}: concern {concern.id!r} points at the value {value_id!r}, which no file defines. Mend the id or add the value."
+                    )
         return cls(values, concerns)
 
     def __iter__(self) -> Iterator[Value]:
@@ -181,7 +185,7 @@ class Taxonomy:
         chosen = [self[value_id] for value_id in ids]
         kept = {value.id for value in chosen}
         concerns = [
-            Concern(c.id, c.phrasings, tuple(v for v in c.central if v in kept), tuple(v for v in c.relevant if v in kept))
+            replace(c, central=tuple(v for v in c.central if v in kept), relevant=tuple(v for v in c.relevant if v in kept))
             for c in self.concerns
         ]
         return Taxonomy(chosen, [c for c in concerns if c.central or c.relevant])
@@ -232,7 +236,7 @@ def read_value(path: Path) -> Value:
     if not data["facets"]:
         raise fail("facets", "a value needs at least one facet: facets are how questions find it.")
     alpha = data.get("alpha")
-    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float) or alpha <= 0):
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf")):
         raise fail("alpha", "'alpha' must be a number above 0.")
     return Value(
         id=data["id"],
@@ -289,6 +293,8 @@ def read_concerns(path: Path) -> list[Concern]:
         where = f"{path}:{item.start_mark.line + 1}"
         if not isinstance(entry, dict) or set(entry) != {"id", "phrasings", "central", "relevant"}:
             raise TaxonomyError(f"{where}: a concern holds exactly id, phrasings, central and relevant.")
+        if not isinstance(entry["id"], str) or not entry["id"].strip():
+            raise TaxonomyError(f"{where}: 'id' must be a text that is not empty.")
         lists = [entry[key] for key in ("phrasings", "central", "relevant")]
         if not all(isinstance(texts, list) and all(isinstance(t, str) and t.strip() for t in texts) for texts in lists):
             raise TaxonomyError(f"{where}: phrasings, central and relevant must be lists of texts.")
@@ -297,7 +303,8 @@ def read_concerns(path: Path) -> list[Concern]:
         if entry["id"] in seen:
             raise TaxonomyError(f"{where}: the id {entry['id']!r} is used twice. Give each concern an id of its own.")
         seen.add(entry["id"])
-        concerns.append(Concern(str(entry["id"]), *(tuple(texts) for texts in lists)))
+        phrasings, central, relevant = (tuple(texts) for texts in lists)
+        concerns.append(Concern(entry["id"], phrasings, central, relevant, where))
     return concerns
 
 

@@ -1,0 +1,100 @@
+"""Where settings come from, and how a bad one is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from vispa_graph.errors import SettingsError
+from vispa_graph.settings import Settings
+
+
+def test_an_explicit_setting_beats_the_environment_which_beats_the_default(monkeypatch):
+    assert Settings().top_k == 6
+    monkeypatch.setenv("VISPA_TOP_K", "4")
+    assert Settings().top_k == 4
+    assert Settings(top_k=3).top_k == 3
+
+
+def test_the_environment_is_read_as_the_setting_s_own_type(monkeypatch, tmp_path):
+    monkeypatch.setenv("VISPA_STRENGTH", "1.5")
+    monkeypatch.setenv("VISPA_LAYERS", "[3, 4]")
+    monkeypatch.setenv("VISPA_SHIPPED_VALUES", "false")
+    monkeypatch.setenv("VISPA_CACHE", str(tmp_path))
+    monkeypatch.setenv("VISPA_VALUES", '["mine", "ours"]')
+    settings = Settings()
+    assert settings.strength == 1.5
+    assert settings.layers == (3, 4)
+    assert settings.shipped_values is False
+    assert settings.cache == tmp_path
+    assert settings.values == (Path("mine"), Path("ours"))
+
+
+def test_folders_of_values_may_be_joined_as_in_path(monkeypatch):
+    monkeypatch.setenv("VISPA_VALUES", os.pathsep.join(["my values", "/ours"]))
+    assert Settings().values == (Path("my values"), Path("/ours"))
+
+
+def test_an_empty_variable_counts_as_unset(monkeypatch):
+    monkeypatch.setenv("VISPA_TOP_K", "")
+    assert Settings().top_k == 6
+
+
+def test_the_cache_is_in_the_user_s_cache_folder_unless_told_otherwise(monkeypatch, tmp_path):
+    monkeypatch.delenv("VISPA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert Settings().cache == tmp_path / "vispa_graph"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert Settings().cache == Path.home() / ".cache" / "vispa_graph"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("top_k", 0),
+        ("strength", -1),
+        ("strength", float("nan")),
+        ("target_probability", 1.0),
+        ("target_probability", 0.0),
+        ("temperature", "warm"),
+        ("method", "guess"),
+        ("dtype", "int8"),
+        ("layers", ("first",)),
+        ("max_new_tokens", 0),
+        ("regularisation", 0),
+        ("model", ""),
+        ("cache", None),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name_with_its_meaning(name, value):
+    with pytest.raises(SettingsError) as raised:
+        Settings(**{name: value})
+    assert f"{name}: " in str(raised.value)
+    assert Settings.model_fields[name].description in str(raised.value)
+
+
+def test_an_unknown_setting_is_refused_and_the_known_ones_are_listed():
+    with pytest.raises(SettingsError, match=r"topk: .*Known settings: model, .*top_k"):
+        Settings(topk=3)
+
+
+@pytest.mark.parametrize(("name", "text"), [("TOP_K", "many"), ("LAYERS", "three"), ("LAYERS", "[3,"), ("VALUES", '["mine"'), ("STRENGTH", "-2")])
+def test_a_malformed_variable_is_refused_like_a_malformed_argument(monkeypatch, name, text):
+    monkeypatch.setenv(f"VISPA_{name}", text)
+    with pytest.raises(SettingsError, match=name.lower()):
+        Settings()
+
+
+def test_all_problems_are_reported_at_once():
+    with pytest.raises(SettingsError, match=r"strength: .*top_k: "):
+        Settings(top_k=0, strength=-1)
+
+
+def test_settings_cannot_be_changed():
+    settings = Settings()
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.top_k = 3
+    assert settings.top_k == 6

@@ -1,0 +1,173 @@
+"""Tiny random models and a byte-level tokenizer for the tests of the engine: made on the spot, nothing is fetched."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from vispa_graph.engine.contract import Direction, GenerationRequest, Method, Steering
+from vispa_graph.engine.huggingface import HuggingFaceEngine
+
+torch.set_num_threads(1)
+
+WIDTH, VOCABULARY, CONTEXT, DEPTH = 32, 320, 512, 5
+LETTERS = "ABCDEFGH"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}[{{ message.role }}]{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+_COMMON = {"vocab_size": VOCABULARY, "initializer_range": 0.2, "pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 258}
+_LLAMA = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+}
+_HEADS = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 4, "max_position_embeddings": CONTEXT}
+
+# Architecture: configuration class and what it takes. BLOOM and GPT-NeoX blocks return tuples.
+ARCHITECTURES: dict[str, tuple[str, dict]] = {
+    "llama": ("LlamaConfig", _LLAMA),
+    "mistral": ("MistralConfig", {**_LLAMA, "sliding_window": 16}),
+    "qwen2": ("Qwen2Config", _LLAMA),
+    "qwen3": ("Qwen3Config", {**_LLAMA, "head_dim": 8}),
+    "gemma2": ("Gemma2Config", {**_LLAMA, "head_dim": 8, "sliding_window": 16}),
+    "gemma3": ("Gemma3TextConfig", {**_LLAMA, "head_dim": 8, "sliding_window": 16}),
+    "phi3": ("Phi3Config", _LLAMA),
+    "gpt2": ("GPT2Config", {"n_embd": WIDTH, "n_layer": DEPTH, "n_head": 4, "n_positions": CONTEXT}),
+    "gpt_neox": ("GPTNeoXConfig", {**_HEADS, "intermediate_size": 48}),
+    "bloom": ("BloomConfig", {"hidden_size": WIDTH, "n_layer": DEPTH, "n_head": 4}),
+    "opt": ("OPTConfig", {**_HEADS, "ffn_dim": 48, "word_embed_proj_dim": WIDTH}),
+}
+
+
+def tiny_config(architecture: str = "llama", **changes: object) -> transformers.PreTrainedConfig:
+    """The configuration of a tiny model."""
+    name, own = ARCHITECTURES[architecture]
+    return getattr(transformers, name)(**{**_COMMON, **own, **changes})
+
+
+def tiny_model(architecture: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A tiny causal language model with random weights."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(architecture, **changes), dtype=torch.float32)
+    return model.eval()
+
+
+def byte_tokenizer(*, chat: bool = False, spaced_letters: bool = True) -> PreTrainedTokenizerFast:
+    """A tokenizer of single bytes; the option letters also exist with a space before them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: number for number, character in enumerate(alphabet)}
+    vocabulary |= {"<pad>": 256, "<bos>": 257, "<eos>": 258}
+    merges = []
+    if spaced_letters:
+        vocabulary |= {f"Ġ{letter}": 259 + number for number, letter in enumerate(LETTERS)}
+        merges = [("Ġ", letter) for letter in LETTERS]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def tiny_engine(architecture: str = "llama", *, chat: bool = False, seed: int = 0, capacity: int = 32768, **changes: object) -> HuggingFaceEngine:
+    """A steering engine on a tiny model; the caller closes it."""
+    return HuggingFaceEngine(tiny_model(architecture, seed, **changes), byte_tokenizer(chat=chat), name="tiny", linger=0.0, capacity=capacity)
+
+
+def reciting_model(text: str, *, then_stop: bool = True) -> PreTrainedModel:
+    """A model that answers any prompt ending in a line break with `text`, whose bytes must all differ.
+
+    Its blocks add nothing, so each token's embedding decides the next token.
+    """
+    model = tiny_model("llama", tie_word_embeddings=False)
+    tokens = byte_tokenizer()("\n" + text)["input_ids"] + ([258] if then_stop else [])
+    assert len(set(tokens)) == len(tokens), "each token can have one successor only"
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+        head, embeddings = model.lm_head.weight, model.model.embed_tokens.weight
+        head.zero_()
+        for token, following in zip(tokens, tokens[1:], strict=False):
+            head[following] = embeddings[token] / embeddings[token].norm()
+    return model
+
+
+def random_direction(
+    layers: Sequence[int], *, method: Method = "probe", seed: int = 0, scale: float = 0.3, alpha: float = 1.0, bias: float = 0.0, width: int = WIDTH
+) -> Direction:
+    """A direction of Gaussian vectors."""
+    vectors = np.random.default_rng(seed).normal(0, scale, (len(layers), width)).astype(np.float32)
+    biases = np.full(len(layers), bias, dtype=np.float32)
+    return Direction("value", method, tuple(layers), vectors, biases, alpha, np.ones(len(layers), dtype=np.float32))
+
+
+def ask(text: str, **options: object) -> GenerationRequest:
+    """A request with one user turn."""
+    return GenerationRequest([{"role": "user", "content": text}], **options)
+
+
+def steer(direction: Direction, strength: float = 1.0, target: float = 0.9) -> Steering:
+    """A steering plan."""
+    return Steering(direction, strength, target)
+
+
+@contextmanager
+def worker_held(engine: HuggingFaceEngine) -> Iterator[None]:
+    """Keeps the engine's worker busy, so that everything submitted inside waits and then shares its batches."""
+    entered, gate = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        entered.set()
+        gate.wait(30)
+
+    handle = engine._model.register_forward_pre_hook(wait)
+    blocker = threading.Thread(target=engine.read, args=(["hold"],), daemon=True)
+    blocker.start()
+    try:
+        assert entered.wait(30)
+        yield
+    finally:
+        handle.remove()
+        gate.set()
+        blocker.join()
+
+
+@contextmanager
+def block_outputs(model: PreTrainedModel) -> Iterator[list[list[torch.Tensor]]]:
+    """What each decoder block returns from now on: for each block, a tensor [rows, positions, width] a forward pass.
+
+    Entered before an engine is made, it sees the outputs before the engine's hooks; entered afterwards, the steered ones.
+    """
+    blocks = find_blocks(model)
+    seen: list[list[torch.Tensor]] = [[] for _ in blocks]
+
+    def hook(layer: int) -> Callable[..., None]:
+        def record(_module: object, _inputs: object, output: object) -> None:
+            seen[layer].append((output[0] if isinstance(output, tuple) else output).detach().clone())
+
+        return record
+
+    handles = [block.register_forward_hook(hook(layer)) for layer, block in enumerate(blocks)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def find_blocks(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The decoder blocks by the name they have in each of the tiny architectures."""
+    places = {"gpt2": "transformer.h", "bloom": "transformer.h", "gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
+    return model.get_submodule(places.get(model.config.model_type, "model.layers"))

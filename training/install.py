@@ -1,0 +1,42 @@
+"""Put a trained model into the package, with its directions fitted.
+
+    python -m training.install build/embedded
+
+How the directions are fitted is what `vispa_graph/embedded/profile.json` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from vispa_graph.engine.directions import fit_directions
+from vispa_graph.engine.store import manifest_key, save_directions
+from vispa_graph.resources import Resources, embedded_folder
+from vispa_graph.settings import Settings
+
+FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("trained", type=Path, help="the folder that training.train wrote")
+    trained = parser.parse_args().trained
+    folder = embedded_folder()
+    for name in FILES:
+        shutil.copyfile(trained / name, folder / name)
+    shutil.rmtree(folder / "directions", ignore_errors=True)
+    resources = Resources(Settings())
+    fit = resources.fit_settings()
+    directions = fit_directions(resources.engine, resources.taxonomy, fit)
+    key = manifest_key(resources.engine.fingerprint, resources.taxonomy.fingerprint, fit)
+    save_directions(folder / "directions", directions, key, model_name=resources.engine.name)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    accuracy = sum(float(d.accuracy.mean()) for d in directions.values()) / len(directions)
+    print(f"Installed in {folder}: {size / 1e6:.1f} MB, mean probe accuracy {accuracy:.3f}.")
+    resources.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,650 @@
+"""The command `vispa`. Results go to stdout, progress and errors to stderr; bad input ends with exit code 2.
+
+Everything heavy is imported inside the commands, so that `vispa --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+
+import click
+
+from vispa_graph import __version__
+from vispa_graph.errors import TaxonomyError, VispaError
+
+if TYPE_CHECKING:
+    from langchain_core.runnables.graph import Graph
+    from langchain_core.tracers.schemas import Run
+    from rich.console import Console
+
+    from vispa_graph.engine.huggingface import HuggingFaceEngine
+    from vispa_graph.graph import PluralGraph
+    from vispa_graph.settings import Settings
+    from vispa_graph.state import Output
+    from vispa_graph.taxonomy_index import Taxonomy, Value
+
+F = TypeVar("F", bound=Callable[..., Any])
+Show = Callable[..., None]
+
+# Written out, because the modules that define them are slow to import; a test compares.
+MODES = ("overton", "steerable", "distributional")
+METHODS = ("probe", "mean_difference", "pca")
+
+_REDACTED = "redacted"
+_RANGE = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+# Errors and interrupts
+
+
+class Refused(click.ClickException):
+    """Something the user can mend: one line on stderr, exit code 2."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        """Print the message."""
+        click.echo(f"vispa: {self.message}", err=True)
+
+
+class Commands(click.Group):
+    """A group whose commands end with a message instead of a stack trace."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; every failure the user can mend becomes `Refused`."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character shows a question mark
+                stream.reconfigure(errors="replace")
+        _leave_at_once_on_interrupt(ctx)
+        try:
+            return super().invoke(ctx)
+        except VispaError as error:
+            raise Refused(str(error)) from error
+        except KeyboardInterrupt:
+            ctx.exit(130)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # click ends quietly
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            raise Refused(f"{place}{error.strerror or error}. Check the path, its permissions and the space left.") from error
+
+
+def _leave_at_once_on_interrupt(ctx: click.Context) -> None:
+    """Make Ctrl-C end the process: unwinding would first wait for the batch that is running, which may take minutes."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def leave(*_: object) -> NoReturn:
+        if sys.stderr.isatty():
+            sys.stderr.write("\x1b[?25h\n")  # the progress display hides the cursor
+            sys.stderr.flush()
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, leave)
+    ctx.call_on_close(lambda: signal.signal(signal.SIGINT, before))
+
+
+# Options
+
+
+def text(value: str) -> str:
+    """Text that is not blank. Bytes the terminal could not decode arrive as lone surrogates, which no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise click.BadParameter("the text is not valid UTF-8.") from None
+    if not value.strip():
+        raise click.BadParameter("the text is blank. Write it out.")
+    return value
+
+
+def block_numbers(value: str) -> tuple[int, ...]:
+    """Single numbers and ascending ranges, joined by commas."""
+    numbers: list[int] = []
+    for part in value.split(","):
+        found = _RANGE.fullmatch(part.strip())
+        if not found or (found[2] and int(found[2]) < int(found[1])):
+            raise click.BadParameter("layers are numbers from 0 and ascending ranges joined by commas, such as 10-25 or 3,4,5.")
+        numbers += range(int(found[1]), int(found[2] or found[1]) + 1)
+    return tuple(numbers)
+
+
+def _model_options(command: F) -> F:
+    options = [
+        click.option("--model", type=text, help='"embedded", the folder of a model, or its name on the Hugging Face hub.'),
+        click.option("--method", type=click.Choice(METHODS), help="How directions are found."),
+        click.option("--layers", type=block_numbers, metavar="N,N-N", help="Decoder blocks to steer, from 0: 10-25 or 3,4,5."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+_values_option = click.option("--values", type=click.Path(path_type=Path), multiple=True, metavar="FOLDER", help="Your own value files. Repeatable.")
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else on stdout.")
+
+
+def _settings(**given: Any) -> Settings:
+    """Settings of the options that were given: the others must not hide VISPA_* variables."""
+    from vispa_graph.settings import Settings
+
+    return Settings(**{name: value for name, value in given.items() if value is not None and value != ()})
+
+
+def _query(text: str) -> str:
+    """The text, or what stdin holds where it is a dash."""
+    if text != "-":
+        return text
+    try:
+        return click.get_binary_stream("stdin").read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refused(f"stdin is not UTF-8 text (byte {error.start}). Save the text as UTF-8.") from error
+
+
+# Commands
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Whatever no option sets is read from VISPA_* variables, such as VISPA_MODEL, VISPA_DEVICE or VISPA_CACHE.",
+)
+@click.version_option(__version__, prog_name="vispa")
+def main() -> None:
+    """Plural answers to value-laden questions, by steering the activations of a language model."""
+
+
+@main.command()
+@click.argument("query", type=text)
+@click.option("--mode", type=click.Choice(MODES), help="How comments become an answer; by default it follows from the other options.")
+@click.option("--attribute", type=text, help="Whom to speak for: a value, a right, a duty or a group.")
+@click.option("--population", type=text, help="A country or people whose distribution is asked for.")
+@click.option("--option", "options", multiple=True, type=text, help="An answer to choose between. Repeatable, 2 to 26.")
+@click.option("--value", "asked", multiple=True, type=text, help="A value to hear, by id or name, instead of selected ones. Repeatable.")
+@click.option("--top-k", type=int, help="How many values are heard.")
+@_model_options
+@click.option("--strength", type=float, help="Multiple of the method's own magnitude; 0 does not steer.")
+@click.option("--max-new-tokens", type=int, help="Longest comment, in tokens.")
+@click.option("--seed", type=int, help="Seed of the sampling, where the temperature is above 0.")
+@click.option("--temperature", type=float, help="0 for greedy decoding.")
+@_values_option
+@click.option("--trace", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the run as a tree of JSON, without its texts.")
+@click.option("--trace-content", is_flag=True, help="Keep the texts, which may be private, in the trace.")
+@_json_option
+def ask(
+    query: str,
+    mode: str | None,
+    attribute: str | None,
+    population: str | None,
+    options: tuple[str, ...],
+    asked: tuple[str, ...],
+    top_k: int | None,
+    model: str | None,
+    method: str | None,
+    layers: tuple[int, ...] | None,
+    strength: float | None,
+    max_new_tokens: int | None,
+    seed: int | None,
+    temperature: float | None,
+    values: tuple[Path, ...],
+    trace: Path | None,
+    trace_content: bool,
+    as_json: bool,
+) -> None:
+    """Answer QUERY, a question or a situation, plurally; "-" reads it from stdin.
+
+    The answer rests on a comment from each of the values at stake. Without --mode: an attribute speaks for someone (steerable),
+    options alone ask for a distribution (distributional), else all perspectives are told (overton).
+    """
+    if trace_content and not trace:
+        raise click.UsageError("--trace-content needs --trace FILE.")
+    if trace:
+        _check_target(trace)
+    settings = _settings(
+        model=model,
+        method=method,
+        layers=layers,
+        strength=strength,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        values=values,
+    )
+    given = {"query": _query(query), "mode": mode, "attribute": attribute, "population": population, "options": list(options) or None}
+    with _progress() as show:
+        output = _run(settings, given | {"values": list(asked) or None}, show, trace, trace_content)
+    if as_json:
+        _print_json(output)
+    else:
+        _print_answer(output)
+
+
+@main.command("values")
+@click.argument("value_id", metavar="[ID]", required=False, type=text)
+@click.option("--query", type=text, help='Show which values a text puts at stake; "-" reads it from stdin.')
+@click.option("--top-k", type=int, help="With --query: how many.")
+@_values_option
+@_json_option
+def values_command(value_id: str | None, query: str | None, top_k: int | None, values: tuple[Path, ...], as_json: bool) -> None:
+    """List the values, show the one with this ID or name, or those a text puts at stake."""
+    if query is not None and value_id is not None:
+        raise click.UsageError("Give an ID or --query, not both.")
+    if top_k is not None and query is None:
+        raise click.UsageError("--top-k needs --query.")
+    if query is not None:
+        _show_selection(_query(query), _settings(values=values, top_k=top_k), as_json)
+        return
+    taxonomy = _taxonomy(_settings(values=values))
+    if value_id is None:
+        _show_taxonomy(list(taxonomy), as_json)
+    else:
+        _show_value(taxonomy[value_id], as_json)
+
+
+@main.command()
+@_model_options
+@_values_option
+@_json_option
+def fit(model: str | None, method: str | None, layers: tuple[int, ...] | None, values: tuple[Path, ...], as_json: bool) -> None:
+    """Fit the directions of all values, keep them in the cache, and show how well each tells its sentences apart."""
+    from vispa_graph.resources import Resources
+
+    with _progress() as show:
+        # top_k plays no part in fitting, but must fit a small taxonomy of one's own.
+        resources = Resources(_settings(model=model, method=method, layers=layers, values=values, top_k=1), progress=show)
+        with closing(resources):
+            show("loading the model")
+            name, taxonomy = resources.engine.name, resources.taxonomy
+            fitted = resources.fit_settings()
+            show("directions")
+            accuracy = {value: round(float(d.accuracy.mean()), 4) for value, d in resources.directions.items()}
+    facts = {"model": name, "method": fitted.method, "layers": list(fitted.layers)}
+    if as_json:
+        _print_json(facts | {"accuracy": accuracy})
+        return
+    console = _console()
+    _print_facts(console, facts)
+    _print_table(console, ["Value", "Mean accuracy"], [[taxonomy[value].name, f"{mean:.1%}"] for value, mean in accuracy.items()])
+
+
+@main.command()
+@click.argument("model", required=False, type=text)
+@_values_option
+@_json_option
+def check(model: str | None, values: tuple[Path, ...], as_json: bool) -> None:
+    """Check that MODEL can be steered, or that folders of value files can be used."""
+    if model is None and not values:
+        raise click.UsageError("Give a MODEL to check, or --values FOLDER, or both.")
+    found: dict[str, Any] = {}
+    if values:
+        found["values"] = _check_values(values)
+    if model is not None:
+        found["model"] = _check_model(model)
+    if as_json:
+        _print_json(found)
+        return
+    console = _console()
+    if values:
+        _print_table(console, ["Value", "Pairs", "File"], [[v["id"], str(v["pairs"]), v["file"]] for v in found["values"]])
+    if model is not None:
+        _print_facts(console, found["model"])
+
+
+@main.command("graph")
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a .mmd, .png or .svg file instead.")
+@click.option("--review", is_flag=True, help="With the stop at which a person edits the values.")
+@_json_option
+def graph_command(output: Path | None, review: bool, as_json: bool) -> None:
+    """Print the graph as a Mermaid diagram, or write it as a picture. Needs no network."""
+    if output is not None and as_json:
+        raise click.UsageError("--json prints to stdout: leave --output out.")
+    if output is not None and output.suffix not in (".mmd", ".png", ".svg"):
+        raise click.UsageError("--output must end in .mmd, .png or .svg.")
+    if output is not None:
+        _check_target(output)
+    from vispa_graph.graph import create_graph
+
+    drawn = create_graph(_settings(), review_values=review).get_graph()
+    if as_json:
+        _print_json(drawn.to_json())
+    elif output is None:
+        click.echo(drawn.draw_mermaid())
+    elif output.suffix == ".mmd":
+        _write(output, drawn.draw_mermaid().encode())
+    else:
+        _write(output, _picture(drawn, output.suffix[1:]))
+
+
+# Running the graph
+
+
+def _run(settings: Settings, given: dict[str, Any], show: Show, trace: Path | None, content: bool) -> Output:
+    """Run the graph, and write its trace, also where it fails."""
+    from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
+
+    from vispa_graph.graph import create_graph
+    from vispa_graph.resources import Resources
+
+    tracer = RunCollectorCallbackHandler() if trace else None
+    with closing(create_graph(resources=Resources(settings, progress=show))) as graph:
+        try:
+            return _follow(graph, given, {"callbacks": [tracer] if tracer else []}, show)
+        finally:
+            if trace and tracer and tracer.traced_runs:
+                _write(trace, json.dumps(_tree(tracer.traced_runs[-1], content), default=_plain, indent=1).encode())
+
+
+def _follow(graph: PluralGraph, given: dict[str, Any], config: Any, show: Show) -> Output:
+    """The output of a run, its steps shown as they pass. Model and directions are made between two steps, where they can be named."""
+    resources, output, written, heard = graph.resources, None, 0, 0
+    show("loading")
+    parts = cast("Generator[tuple[str, Any]]", graph.stream(given, config, stream_mode=["updates", "custom", "values"]))
+    with closing(parts):
+        for kind, part in parts:
+            if kind == "values":
+                output = part
+            elif kind == "custom" and part.get("step") == "comment":
+                written += 1
+                show("comments", written, heard)
+            elif kind == "updates" and "retrieve" in part:
+                show("selecting values")
+            elif kind == "updates" and "rerank" in part:
+                heard = len(part["rerank"]["values"])
+                show("loading the model")
+                _ = resources.engine
+                if resources.settings.strength:
+                    show("directions")
+                    _ = resources.directions
+                show("comments", 0, heard)
+    return cast("Output", output)
+
+
+def _tree(run: Run, content: bool) -> dict[str, Any]:
+    """A run and its children as plain data; without content, nothing in it can hold what the user or the model wrote."""
+    return {
+        "name": run.name,
+        "run_type": run.run_type,
+        "start": run.start_time.isoformat(),
+        "end": run.end_time and run.end_time.isoformat(),
+        "inputs": run.inputs if content else _REDACTED,
+        "outputs": run.outputs if content else _REDACTED,
+        "error": run.error and (run.error if content else _REDACTED),
+        "tags": run.tags or [],
+        "metadata": run.metadata,
+        "children": [_tree(child, content) for child in run.child_runs],
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if hasattr(value, "model_dump") else str(value)
+
+
+# Values
+
+
+def _taxonomy(settings: Settings) -> Taxonomy:
+    from vispa_graph.taxonomy_index.taxonomy import Taxonomy
+
+    return Taxonomy.load(*settings.values, shipped=settings.shipped_values)
+
+
+def _show_selection(query: str, settings: Settings, as_json: bool) -> None:
+    from vispa_graph.resources import Resources
+    from vispa_graph.select import select_values
+
+    with _progress() as show:
+        show("selecting values")
+        resources = Resources(settings)
+        selected = select_values(query, settings.top_k, resources=resources)
+    named = [{"id": s.value, "name": resources.taxonomy[s.value].name, "score": s.score, "reason": s.reason} for s in selected]
+    if as_json:
+        _print_json(named)
+    else:
+        _print_table(_console(), ["Value", "Score", "Reason"], [[v["name"], f"{v['score']:.2f}", v["reason"]] for v in named])
+
+
+def _show_taxonomy(values: Sequence[Value], as_json: bool) -> None:
+    if as_json:
+        _print_json([_value_facts(value) for value in values])
+        return
+    families = list(dict.fromkeys(value.family for value in values))
+    ordered = sorted(values, key=lambda value: families.index(value.family))
+    rows = [[v.family, v.id, v.name, str(len(v.facets)), str(len(v.all_pairs))] for v in ordered]
+    _print_table(_console(), ["Family", "Id", "Name", "Facets", "Pairs"], rows)
+
+
+def _show_value(value: Value, as_json: bool) -> None:
+    if as_json:
+        _print_json(_value_facts(value))
+        return
+    console = _console()
+    _print_title(console, f"{value.name} ({value.id})")
+    _print_facts(console, {"family": value.family, "source": value.source, "pairs": len(value.all_pairs), "aliases": list(value.aliases)})
+    _print_text(console, f"\n{value.definition}\n")
+    for facet in value.facets:
+        _print_text(console, f"- {facet}")
+
+
+def _value_facts(value: Value) -> dict[str, Any]:
+    return {
+        "id": value.id,
+        "name": value.name,
+        "family": value.family,
+        "source": value.source,
+        "aliases": list(value.aliases),
+        "definition": value.definition,
+        "facets": list(value.facets),
+        "pairs": len(value.all_pairs),
+        "file": str(value.file),
+    }
+
+
+# Checks
+
+
+def _check_values(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The values in the folders, once every file has been read: all that is wrong is said at once."""
+    from vispa_graph.taxonomy_index.taxonomy import CONCERNS, read_concerns, read_value
+
+    problems = []
+    for folder in folders:
+        for path in sorted(folder.glob("*.yaml")):
+            try:
+                read_concerns(path) if path.name == CONCERNS.name else read_value(path)
+            except TaxonomyError as error:
+                problems.append(str(error))
+    if problems:
+        raise Refused("\nvispa: ".join(problems))
+    taxonomy = _taxonomy(_settings(values=tuple(folders)))
+    return [_value_facts(value) for value in taxonomy if value.file and value.file.parent in folders]
+
+
+def _check_model(model: str) -> dict[str, Any]:
+    from vispa_graph.resources import Resources
+
+    with _progress() as show:
+        show("loading the model")
+        with closing(Resources(_settings(model=model, top_k=1))) as resources:
+            return cast("HuggingFaceEngine", resources.engine).describe()
+
+
+# Pictures of the graph
+
+
+def _picture(drawn: Graph, kind: str) -> bytes:
+    """The graph as PNG or SVG, made on this machine.
+
+    Raises:
+        Refused: Graphviz is not installed, or failed.
+    """
+    if kind == "png" and find_spec("pygraphviz"):
+        return drawn.draw_png(None)
+    program = shutil.which("dot")
+    if program is None:
+        raise Refused(
+            f"A .{kind} file is drawn by Graphviz, which is not installed. "
+            "Install it (apt-get install graphviz, brew install graphviz), or write Mermaid to a .mmd file."
+        )
+    done = subprocess.run([program, f"-T{kind}"], input=_dot(drawn).encode(), capture_output=True, check=False)
+    if done.returncode:
+        raise Refused(f"Graphviz failed with exit code {done.returncode}. Check its installation, or write Mermaid to a .mmd file.")
+    return done.stdout
+
+
+def _dot(drawn: Graph) -> str:
+    """The graph in Graphviz's language; edges that are chosen at run time are dashed."""
+    nodes = [f"  {json.dumps(node.id)} [label={json.dumps(node.name.strip('_'))}];" for node in drawn.nodes.values()]
+    edges = [f"  {json.dumps(edge.source)} -> {json.dumps(edge.target)}{' [style=dashed]' if edge.conditional else ''};" for edge in drawn.edges]
+    return "\n".join(["digraph vispa {", '  node [shape=box, style=rounded, fontname="sans-serif"];', *nodes, *edges, "}", ""])
+
+
+# Files
+
+
+def _check_target(path: Path) -> None:
+    """Refuse a file that cannot be written before any work is done for it."""
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise Refused(f"{path}: there is no folder {folder}. Make it first.")
+    if not os.access(folder, os.W_OK):
+        raise Refused(f"{path}: the folder {folder} cannot be written to. Choose another one.")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; devices and pipes are written to directly."""
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    target = path.resolve()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# The screen
+
+
+@contextmanager
+def _progress() -> Iterator[Show]:
+    """Gives show(what, done, total), which tells on stderr what is going on; silent where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def show(what: str, done: int = 0, total: int | None = None) -> None:
+            count = "" if total is None else f" {done}/{total}"
+            progress.update(task, description=f"{what}{count}", completed=done, total=total)
+
+        yield show
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, emoji=False)
+
+
+def _print_json(data: Any) -> None:
+    text = json.dumps(data, indent=2, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf"))
+    click.echo(text)
+
+
+def _print_answer(output: Output) -> None:
+    console = _console()
+    _print_title(console, f"Answer ({output['mode']})")
+    _print_text(console, output["response"])
+    _print_title(console, "\nValues heard")
+    _print_table(console, ["Value", "Score", "Reason"], [[v["name"], f"{v['score']:.2f}", v["reason"]] for v in output["values"]])
+    _print_title(console, "\nComments")
+    for comment in output["comments"]:
+        cut = " (cut off at the longest length)" if comment["finish"] == "length" else ""
+        _print_title(console, f"{comment['name']}{cut}")
+        _print_text(console, comment["text"])
+    if output["distribution"]:
+        _print_title(console, "\nDistribution")
+        _print_bars(console, output["distribution"])
+    if output["chosen"]:
+        _print_title(console, "\nRests on")
+        _print_text(console, f"{output['chosen']['value']}: {output['chosen']['reason']}")
+    if output["notes"]:
+        _print_title(console, "\nNotes")
+        for note in output["notes"]:
+            _print_text(console, f"- {note}")
+
+
+def _print_title(console: Console, text: str) -> None:
+    console.print(_clean(text), style="bold", soft_wrap=not console.is_terminal)
+
+
+def _print_text(console: Console, text: str) -> None:
+    console.print(_clean(text), soft_wrap=not console.is_terminal)
+
+
+def _print_facts(console: Console, facts: dict[str, Any]) -> None:
+    """Names and values, one a line."""
+    for name, fact in facts.items():
+        shown = (
+            ", ".join(map(str, fact)) if isinstance(fact, list) else {True: "yes", False: "no"}.get(fact, fact) if isinstance(fact, bool) else fact
+        )
+        _print_text(console, f"{name.replace('_', ' ')}: {shown}")
+
+
+def _print_table(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on a terminal; elsewhere columns that no width cuts."""
+    cleaned = [[_clean(cell).replace("\n", " ") for cell in row] for row in rows]
+    if console.is_terminal:
+        from rich.table import Table
+
+        table = Table(*titles)
+        for row in cleaned:
+            table.add_row(*row)
+        console.print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(titles, *cleaned, strict=True)]
+    for line in (titles, *cleaned):
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _print_bars(console: Console, distribution: dict[str, float]) -> None:
+    if not console.is_terminal:
+        _print_table(console, ["Option", "Probability"], [[option, f"{p:.1%}"] for option, p in distribution.items()])
+        return
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 1))
+    for option, probability in distribution.items():
+        grid.add_row(_clean(option), ProgressBar(total=1, completed=probability, width=30), f"{probability:.1%}")
+    console.print(grid)
+
+
+def _clean(text: str) -> str:
+    """The text without control characters: what a model or a file says must not steer the terminal."""
+    return _CONTROL.sub("", text)
+
+
+if __name__ == "__main__":
+    main()

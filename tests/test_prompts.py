@@ -59,7 +59,7 @@ def test_a_file_with_other_placeholders_is_refused(tmp_path, monkeypatch, templa
 
 
 def test_an_unknown_prompt_names_the_known_ones():
-    with pytest.raises(PromptError, match="There is no prompt 'sonnet'.*comment, comment_attribute"):
+    with pytest.raises(PromptError, match=r"There is no prompt 'sonnet'.*comment, comment_attribute"):
         load_prompt("sonnet")
 
 

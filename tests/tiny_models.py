@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ def reciting_model(text: str, *, then_stop: bool = True) -> PreTrainedModel:
             block.mlp.down_proj.weight.zero_()
         head, embeddings = model.lm_head.weight, model.model.embed_tokens.weight
         head.zero_()
-        for token, following in zip(tokens, tokens[1:], strict=False):
+        for token, following in pairwise(tokens):
             head[following] = embeddings[token] / embeddings[token].norm()
     return model
 

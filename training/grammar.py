@@ -109,13 +109,13 @@ class Grammar:
             (0.36, self.value_then_comment),
             (0.17, self.value_in_question),
             (0.11, self.named_value),
-            (0.09, self.neutral_comment),
-            (0.02, self.bare_value_comment),
-            (0.03, self.opposed_then_neutral),
-            (0.08, self.run_of_value),
-            (0.02, self.run_of_opposed),
-            (0.08, self.choice_by_stance),
-            (0.04, self.choice_by_act),
+            (0.05, self.neutral_comment),
+            (0.12, self.bare_value_comment),
+            (0.02, self.opposed_then_neutral),
+            (0.06, self.run_of_value),
+            (0.01, self.run_of_opposed),
+            (0.06, self.choice_by_stance),
+            (0.03, self.choice_by_act),
         ]
 
     def document(self) -> list[Segment]:
@@ -238,7 +238,7 @@ class Grammar:
         return [self.question(situation), Segment("assistant", self.comment("neutral", situation), COMMENT)]
 
     def bare_value_comment(self) -> list[Segment]:
-        """Now and then a comment from some value without a hint before it."""
+        """A comment from any value without a hint before it: the value is then open, and a small push decides it."""
         situation = self.situation()
         return [self.question(situation), Segment("assistant", self.comment(self.value(), situation), COMMENT)]
 

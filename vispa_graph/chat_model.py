@@ -182,10 +182,11 @@ class _Stop:
         if not self._stop:
             return piece
         self._held += piece
-        found = [at for s in self._stop if (at := self._held.find(s)) >= 0]
+        # The sequence that is complete first counts, however the text was cut into pieces.
+        found = [(at + len(s), at) for s in self._stop if (at := self._held.find(s)) >= 0]
         if found:
             self._over = True
-            return self._held[: min(found)]
+            return self._held[: min(found)[1]]
         keep = max(map(len, self._stop)) - 1
         cut = max(0, len(self._held) - keep)
         text, self._held = self._held[:cut], self._held[cut:]

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from vispa_graph.engine.huggingface import HuggingFaceEngine
     from vispa_graph.graph import PluralGraph
+    from vispa_graph.resources import Resources
     from vispa_graph.settings import Settings
     from vispa_graph.state import Output
     from vispa_graph.taxonomy_index import Taxonomy, Value
@@ -151,7 +152,7 @@ def _query(text: str) -> str:
     if text != "-":
         return text
     try:
-        return click.get_binary_stream("stdin").read().decode("utf-8-sig")
+        return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Refused(f"stdin is not UTF-8 text (byte {error.start}). Save the text as UTF-8.") from error
 
@@ -320,7 +321,7 @@ def graph_command(output: Path | None, review: bool, as_json: bool) -> None:
         _check_target(output)
     from vispa_graph.graph import create_graph
 
-    drawn = create_graph(_settings(), review_values=review).get_graph()
+    drawn = create_graph(_settings(), review=review).get_graph()
     if as_json:
         _print_json(drawn.to_json())
     elif output is None:
@@ -354,8 +355,9 @@ def _follow(graph: PluralGraph, given: dict[str, Any], config: Any, show: Show) 
     """The output of a run, its steps shown as they pass. Model and directions are made between two steps, where they can be named."""
     resources, output, written, heard = graph.resources, None, 0, 0
     show("loading")
-    parts = cast("Generator[tuple[str, Any]]", graph.stream(given, config, stream_mode=["updates", "custom", "values"]))
-    with closing(parts):
+    # Without output_keys the values would be the whole state, not the output.
+    parts = graph.stream(given, config, stream_mode=["updates", "custom", "values"], output_keys=graph.output_channels)
+    with closing(cast("Generator[tuple[str, Any]]", parts)) as parts:
         for kind, part in parts:
             if kind == "values":
                 output = part
@@ -366,13 +368,20 @@ def _follow(graph: PluralGraph, given: dict[str, Any], config: Any, show: Show) 
                 show("selecting values")
             elif kind == "updates" and "rerank" in part:
                 heard = len(part["rerank"]["values"])
-                show("loading the model")
-                _ = resources.engine
-                if resources.settings.strength:
-                    show("directions")
-                    _ = resources.directions
+                try:
+                    _make_ready(resources, show)
+                except VispaError as error:
+                    parts.throw(error)  # the run itself has failed, and its trace must say so
                 show("comments", 0, heard)
     return cast("Output", output)
+
+
+def _make_ready(resources: Resources, show: Show) -> None:
+    show("loading the model")
+    _ = resources.engine
+    if resources.settings.strength:
+        show("directions")
+        _ = resources.directions
 
 
 def _tree(run: Run, content: bool) -> dict[str, Any]:
@@ -412,7 +421,7 @@ def _show_selection(query: str, settings: Settings, as_json: bool) -> None:
         show("selecting values")
         resources = Resources(settings)
         selected = select_values(query, settings.top_k, resources=resources)
-    named = [{"id": s.value, "name": resources.taxonomy[s.value].name, "score": s.score, "reason": s.reason} for s in selected]
+    named: list[dict[str, Any]] = [{"id": s.value, "name": resources.taxonomy[s.value].name, "score": s.score, "reason": s.reason} for s in selected]
     if as_json:
         _print_json(named)
     else:
@@ -553,8 +562,13 @@ def _progress() -> Iterator[Show]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=None)
+        stage = ""
 
         def show(what: str, done: int = 0, total: int | None = None) -> None:
+            nonlocal stage
+            if what != stage:  # each stage has its own clock
+                stage = what
+                progress.reset(task)
             count = "" if total is None else f" {done}/{total}"
             progress.update(task, description=f"{what}{count}", completed=done, total=total)
 
@@ -588,7 +602,8 @@ def _print_answer(output: Output) -> None:
         _print_bars(console, output["distribution"])
     if output["chosen"]:
         _print_title(console, "\nRests on")
-        _print_text(console, f"{output['chosen']['value']}: {output['chosen']['reason']}")
+        names = {comment["value"]: comment["name"] for comment in output["comments"]}
+        _print_text(console, f"{names[output['chosen']['value']]}: {output['chosen']['reason']}")
     if output["notes"]:
         _print_title(console, "\nNotes")
         for note in output["notes"]:
@@ -606,10 +621,13 @@ def _print_text(console: Console, text: str) -> None:
 def _print_facts(console: Console, facts: dict[str, Any]) -> None:
     """Names and values, one a line."""
     for name, fact in facts.items():
-        shown = (
-            ", ".join(map(str, fact)) if isinstance(fact, list) else {True: "yes", False: "no"}.get(fact, fact) if isinstance(fact, bool) else fact
-        )
-        _print_text(console, f"{name.replace('_', ' ')}: {shown}")
+        _print_text(console, f"{name.replace('_', ' ')}: {_in_words(fact)}")
+
+
+def _in_words(fact: Any) -> str:
+    if isinstance(fact, bool):
+        return "yes" if fact else "no"
+    return ", ".join(map(str, fact)) if isinstance(fact, list) else str(fact)
 
 
 def _print_table(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -18,7 +18,8 @@ SAME = 0.85
 # Below this cosine a generated sentence is not attributed to a comment.
 RESTS_ON = 0.45
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')]*\s+(?=[\"'(A-Z0-9])")
+# The blanks after a full stop and up to two closing quotes or brackets, which stay with their sentence.
+_SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["')])|(?<=[.!?]["')]{2}))\s+(?=["'(A-Z0-9])""")
 
 
 def split_sentences(text: str) -> list[str]:

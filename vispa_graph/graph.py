@@ -13,7 +13,9 @@ from langgraph.types import Command, Send
 
 from vispa_graph.attributes import read_attribute
 from vispa_graph.engine.contract import Engine
-from vispa_graph.nodes import asteer, distributional, overton, rerank, retrieve, review, steer, steerable
+from vispa_graph.errors import SettingsError
+from vispa_graph.nodes import asteer, distributional, overton, rerank, retrieve, steer, steerable
+from vispa_graph.nodes import review as review_node
 from vispa_graph.prompts import load_prompt
 from vispa_graph.resources import Resources
 from vispa_graph.settings import Settings
@@ -33,7 +35,7 @@ def create_graph(
     *,
     main_llm: BaseChatModel | None = None,
     checkpointer: BaseCheckpointSaver[Any] | None = None,
-    review_values: bool = False,
+    review: bool = False,
     engine: Engine | None = None,
     encoder: Encoder | None = None,
     taxonomy: Taxonomy | None = None,
@@ -45,13 +47,19 @@ def create_graph(
         settings: None for the defaults: the embedded models, no network.
         main_llm: Any LangChain chat model to aggregate with; None for the local model, unsteered.
         checkpointer: Where runs and conversations are kept; needed to resume, and for review.
-        review_values: Whether to stop before steering for a person to edit the values.
+        review: Whether to stop before steering for a person to edit the values.
         engine, encoder, taxonomy: Parts to use instead of those the settings name.
         resources: All parts at once, to share them between graphs; excludes the others.
 
     Returns:
         A compiled LangGraph graph. Models are loaded when it first runs. `close()` lets go of them.
+
+    Raises:
+        SettingsError: Resources were given together with a part of them.
+        SelectionSizeError: More values are to be heard than the taxonomy holds.
     """
+    if resources is not None and any(part is not None for part in (settings, main_llm, engine, encoder, taxonomy)):
+        raise SettingsError("create_graph was given resources and, beside them, a part that resources hold. Give either the resources or the parts.")
     if resources is None:
         resources = Resources(settings or Settings(), engine=engine, encoder=encoder, taxonomy=taxonomy, main_llm=main_llm)
     builder = StateGraph(State, input_schema=Door, output_schema=Output)
@@ -64,8 +72,8 @@ def create_graph(
     builder.add_edge(START, "retrieve")
     builder.add_edge("retrieve", "rerank")
     selected_by = "rerank"
-    if review_values:
-        builder.add_node("review", partial(review, resources=resources))
+    if review:
+        builder.add_node("review", partial(review_node, resources=resources))
         builder.add_edge("rerank", "review")
         selected_by = "review"
     builder.add_conditional_edges(selected_by, partial(one_task_per_value, resources=resources), ["steer"])

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+
 
 class quiet:
-    """Context in which transformers shows neither progress bars nor warnings: only the command line prints."""
+    """Context in which transformers and the hub's client show neither progress bars nor warnings."""
 
     def __enter__(self) -> None:
-        from transformers.utils import logging  # costs half a second; only here
+        from transformers.utils import logging as transformers_logging  # costs half a second; only here
 
-        self._logging = logging
-        self._verbosity = logging.get_verbosity()
-        self._bars = logging.is_progress_bar_enabled()
-        logging.set_verbosity(40)  # logging.ERROR
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        self._transformers = transformers_logging
+        self._bars = transformers_logging.is_progress_bar_enabled()
+        self._loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+        self._levels = [logger.level for logger in self._loggers]
+        for logger in self._loggers:
+            logger.setLevel(logging.CRITICAL)
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *_: object) -> None:
-        logging = self._logging
-        logging.set_verbosity(self._verbosity)
+        for logger, level in zip(self._loggers, self._levels, strict=True):
+            logger.setLevel(level)
         if self._bars:
-            logging.enable_progress_bar()
+            self._transformers.enable_progress_bar()  # type: ignore[no-untyped-call]

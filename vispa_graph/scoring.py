@@ -18,7 +18,8 @@ from vispa_graph.state import LETTERS, Comment
 # Below this share of the next token's probability, the letters were not what the model was about to say.
 _LITTLE = 0.1
 
-_LETTER = re.compile(r"^\W*([A-Z])\b")
+# "B", "(B)", "**B.** No": but not the article of "A patient may refuse", nor "I'd say".
+_LETTER = re.compile(r"^\W*([A-Z])\b(?![ \t]*['’]?[ \t]*[a-z])")
 
 
 def option_prompt(query: str, options: Sequence[str], comment: Comment, population: str | None) -> str:

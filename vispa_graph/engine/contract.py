@@ -96,7 +96,7 @@ class SteeringReport:
         magnitude: For each of them the multiple of the direction's vector that was added (eps of the paper, or alpha).
         before: Probe probability at the last prompt token before the block was steered; None without a probe.
         after: The same afterwards.
-        displacement: Norm of what was added, all blocks together, as a share of the residual stream's norm at the last block.
+        displacement: Norm of what was added, all blocks together, as a share of the residual stream's norm at the last of them.
     """
 
     layers: tuple[int, ...]

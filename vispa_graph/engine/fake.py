@@ -41,8 +41,8 @@ class FakeEngine:
             return future
         text = self._answer(request)
         if request.on_token:
-            for word in text.split(" "):
-                request.on_token(word if text.startswith(word) else f" {word}")
+            for number, word in enumerate(text.split(" ")):
+                request.on_token(f" {word}" if number else word)
         report = None
         if request.steering:
             layers = request.steering.direction.layers

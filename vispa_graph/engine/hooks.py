@@ -37,7 +37,7 @@ class BatchPlan:
         self.delta: dict[int, torch.Tensor] = {}
         self.magnitude: dict[int, torch.Tensor] = {}
         self.before: dict[int, torch.Tensor] = {}
-        self.norm = torch.ones(rows)
+        self.norm: dict[int, torch.Tensor] = {}
         for layer in self.layers:
             first = next(s.direction for s in self.steerings if s and layer in s.direction.layers)
             weights = torch.zeros(rows, first.vectors.shape[1])
@@ -74,7 +74,7 @@ class BatchPlan:
                 f"The activations at layer {layer} are not finite, so no magnitude can be solved. Try dtype float32 or bfloat16, or a smaller strength."
             )
         self.before[layer], self.magnitude[layer] = score.cpu(), magnitude.cpu()
-        self.norm = last.norm(dim=-1).cpu()
+        self.norm[layer] = last.norm(dim=-1).cpu()
         self.delta[layer] = (magnitude[:, None] * weights).to(hidden.dtype)
 
     def report(self, row: int) -> SteeringReport | None:
@@ -91,7 +91,9 @@ class BatchPlan:
             squares = [float((self.weights[layer][row] ** 2).sum()) for layer in direction.layers]
             before = tuple(_sigmoid(score) for score in scores)
             after = tuple(_sigmoid(s + m * w) for s, m, w in zip(scores, magnitude, squares, strict=True))
-        return SteeringReport(direction.layers, magnitude, before, after, float(moved.norm() / self.norm[row].clamp(min=1e-9)))
+        # Measured at the row's own last block: which others the batch steers must not show.
+        norm = self.norm[direction.layers[-1]][row].clamp(min=1e-9)
+        return SteeringReport(direction.layers, magnitude, before, after, float(moved.norm() / norm))
 
 
 class Hooks:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
@@ -21,20 +22,29 @@ from vispa_graph.engine.batching import Batcher, Job
 from vispa_graph.engine.contract import Direction, Floats, Generation, GenerationRequest, Message, ScoreRequest, Scores
 from vispa_graph.engine.hooks import BatchPlan, Hooks
 from vispa_graph.engine.layers import block_output, check_layers, decoder_blocks, default_layers
-from vispa_graph.errors import ContextLengthError, ModelNotFoundError, NonFiniteError, NotCausalError, UnsteerableModelError
+from vispa_graph.errors import (
+    ContextLengthError,
+    InputError,
+    ModelNotFoundError,
+    NonFiniteError,
+    NotCausalError,
+    SettingsError,
+    UnsteerableModelError,
+)
 from vispa_graph.quiet import quiet
 
 # Contrastive sentences longer than this are cut (the paper's setting).
 _READ_TOKENS = 256
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Work:
-    """A request with its prompt in tokens."""
+    """A request with its prompt in tokens, and how many characters of its answer have been passed on."""
 
     request: GenerationRequest | ScoreRequest | None
     tokens: list[int]
     cut: int = 0
+    streamed: int = 0
 
 
 class HuggingFaceEngine:
@@ -51,6 +61,8 @@ class HuggingFaceEngine:
 
     Raises:
         UnsteerableModelError: The blocks cannot be found, or adding a vector at one does not change exactly its output.
+        NotCausalError: What the model makes of a token depends on the tokens after it.
+        NonFiniteError: The model's activations are not finite.
     """
 
     def __init__(
@@ -97,7 +109,8 @@ class HuggingFaceEngine:
         Raises:
             ModelNotFoundError: The folder does not exist, or the hub does not have the model or cannot be reached.
             NotCausalError: What is there is not a causal language model.
-            UnsteerableModelError: See the class.
+            SettingsError: The device is not there, or too small.
+            UnsteerableModelError, NonFiniteError: See the class.
         """
         folder = Path(model)
         if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
@@ -108,18 +121,29 @@ class HuggingFaceEngine:
         with quiet():
             try:
                 config = AutoConfig.from_pretrained(model, **common)
-                if type(config) not in AutoModelForCausalLM._model_mapping and not getattr(config, "auto_map", None):
+                known = type(config) in AutoModelForCausalLM._model_mapping or getattr(config, "auto_map", None)
+                if not known or config.is_encoder_decoder:
                     raise NotCausalError(
                         f"{model} is a {config.model_type} model, which is not a causal language model. Choose one that generates text, such as Qwen/Qwen3-4B."
                     )
                 tokenizer = AutoTokenizer.from_pretrained(model, **common)
-                loaded = AutoModelForCausalLM.from_pretrained(
-                    model, config=config, dtype=getattr(torch, dtype), device_map=device_map, use_safetensors=True, **common
-                )
-            except (OSError, ValueError, KeyError) as error:
+                common |= {"dtype": getattr(torch, dtype), "device_map": device_map, "use_safetensors": True, "output_loading_info": True}
+                loaded, found = cast(Any, AutoModelForCausalLM).from_pretrained(model, config=config, **common)
+                if found["missing_keys"]:  # transformers would go on with random weights in their place
+                    raise NotCausalError(
+                        f"{model} lacks weights of a causal language model: {min(found['missing_keys'])}. Choose one saved with its language-model head."
+                    )
+            except torch.OutOfMemoryError:
+                raise
+            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
                 raise _load_error(model, error) from error
         if device_map is None:
-            loaded.to(torch.device(device))  # type: ignore[arg-type]
+            try:
+                loaded.to(torch.device(device))
+            except (RuntimeError, AssertionError) as error:
+                raise SettingsError(
+                    f"The model cannot be put on the device {device!r} ({_first_line(error)}). Choose another, such as cpu."
+                ) from error
         return cls(loaded, tokenizer, name=name or model, linger=linger, capacity=capacity)
 
     @property
@@ -167,8 +191,14 @@ class HuggingFaceEngine:
         return self._batcher.submit(Job("score", len(work.tokens) + 1, work))
 
     def read(self, conversations: Sequence[str | Sequence[Message]], progress: Callable[[int], None] | None = None) -> Floats:
-        """The states at the last token of each text, [texts, depth, width]; batched by length."""
+        """The states at the last token of each text, [texts, depth, width]; batched by length.
+
+        Raises:
+            InputError: A text is empty.
+        """
         tokens = [self._raw_tokens(c) if isinstance(c, str) else self._chat_tokens(c) for c in conversations]
+        if not all(tokens):
+            raise InputError("A text without tokens has no last token to read. Leave out empty texts.")
         states = np.empty((len(tokens), self.depth, self.width), dtype=np.float32)
         order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
         # Few rows at a time, so that other requests do not wait long.
@@ -222,23 +252,53 @@ class HuggingFaceEngine:
         return min([int(limit) for limit in limits if limit] or [1 << 30])
 
     def _raw_tokens(self, text: str) -> list[int]:
-        tokens = cast("list[int]", self._tokenizer(text, truncation=True, max_length=_READ_TOKENS)["input_ids"])
+        limit = min(_READ_TOKENS, self._context())
+        tokens = self._tokenize(text, truncation=True, max_length=limit)
         bos = self._tokenizer.bos_token_id
-        return tokens if bos is None or tokens[:1] == [bos] or self._tokenizer.chat_template is None else [bos, *tokens][:_READ_TOKENS]
+        return tokens if bos is None or tokens[:1] == [bos] or self._tokenizer.chat_template is None else [bos, *tokens][:limit]
 
     def _chat_tokens(self, messages: Sequence[Message]) -> list[int]:
         if self._tokenizer.chat_template is None:
             text = "\n\n".join(message["content"] for message in messages) + "\n\n"
-            return cast("list[int]", self._tokenizer(text)["input_ids"])
+            return self._tokenize(text)
         turns = [{"role": str(m["role"]), "content": m["content"]} for m in messages]
         text = cast(str, self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        return cast("list[int]", self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._tokenize(text, add_special_tokens=False)
+
+    def _tokenize(self, text: str, **options: Any) -> list[int]:
+        """Token ids. One thread at a time: truncation is a state of the tokenizer, and would cut another thread's prompt too."""
+        with self._lock:
+            return cast("list[int]", self._tokenizer(text, **options)["input_ids"])
 
     # Batches, in the worker thread
 
     def _run(self, jobs: Sequence[Job[_Work]]) -> None:
+        run = {"generate": self._run_generate, "score": self._run_score, "read": self._run_read}[jobs[0].kind]
         with torch.inference_mode():
-            {"generate": self._run_generate, "score": self._run_score, "read": self._run_read}[jobs[0].kind](jobs)
+            for group in self._fitting(jobs):
+                try:
+                    run(group)
+                except Exception as error:
+                    if len(group) == 1:
+                        group[0].future.set_exception(error)
+                        continue
+                    # One request's failure must not become its neighbours': those still open run by themselves.
+                    for job in group:
+                        if not job.future.done():
+                            self._run([job])
+
+    def _fitting(self, jobs: Sequence[Job[_Work]]) -> list[list[Job[_Work]]]:
+        """The jobs in groups whose longest prompt and longest answer fit the context together: a row that is done goes on counting positions."""
+        groups: list[list[Job[_Work]]] = []
+        for job in jobs:
+            for group in groups:
+                together = [*group, job]
+                if max(len(j.payload.tokens) for j in together) + max(j.size - len(j.payload.tokens) for j in together) <= self._context():
+                    group.append(job)
+                    break
+            else:
+                groups.append([job])
+        return groups
 
     def _run_generate(self, jobs: Sequence[Job[_Work]]) -> None:
         requests = [cast(GenerationRequest, job.payload.request) for job in jobs]
@@ -322,9 +382,12 @@ class HuggingFaceEngine:
             output_logits=options.pop("output_logits", False),
         )
         # `generate` would fill what is unset from the model's own settings (sampling, penalties): they must not decide here.
-        self._model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+        own, self._model.generation_config = self._model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
         device = self._model.device
-        return cast(Any, self._model).generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings, **options)
+        try:
+            return cast(Any, self._model).generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings, **options)
+        finally:
+            self._model.generation_config = own
 
     def _stops(self) -> list[int] | None:
         """Ids of the tokens that end a text: the tokenizer's, and those the model came with."""
@@ -336,7 +399,7 @@ class HuggingFaceEngine:
 
     def _spellings(self, letter: str) -> list[int]:
         """Ids of the single tokens that read as the letter, with or without a space before it."""
-        found = {ids[-1] for text in (letter, f" {letter}") if len(ids := self._tokenizer(text, add_special_tokens=False)["input_ids"]) == 1}
+        found = {ids[-1] for text in (letter, f" {letter}") if len(ids := self._tokenize(text, add_special_tokens=False)) == 1}
         if not found:
             raise UnsteerableModelError(
                 f"The tokenizer has no single token for the option letter {letter}, so options cannot be scored with this model."
@@ -345,7 +408,7 @@ class HuggingFaceEngine:
 
 
 class _Row:
-    """One row of a running batch: its tokens so far and the text that has been passed on."""
+    """One row of a running batch: its tokens so far and the text that they make."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, job: Job[_Work], request: GenerationRequest, stops: list[int] | None) -> None:
         self.job, self.request = job, request
@@ -361,12 +424,14 @@ class _Row:
         else:
             self.tokens.append(token)
             self.done = len(self.tokens) >= self.request.max_new_tokens
-        text = cast(str, self._tokenizer.decode(self.tokens, skip_special_tokens=True))
+        # Tidying would take back spaces that have been passed on.
+        text = cast(str, self._tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         # A character may span several tokens: wait for the rest of it, unless there is no more.
         if self.done or not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            if self.request.on_token and len(text) > len(self.text):
-                self.request.on_token(text[len(self.text) :])
             self.text = text
+            streamed, self.job.payload.streamed = self.job.payload.streamed, max(self.job.payload.streamed, len(text))
+            if self.request.on_token and len(text) > streamed:
+                self.request.on_token(text[streamed:])
 
 
 class _Rows(BaseStreamer):
@@ -424,10 +489,12 @@ def check_steerable(model: PreTrainedModel, blocks: torch.nn.ModuleList) -> None
     """Check on a few tokens that what the blocks return is the residual stream.
 
     At every block but the last (behind which the final norm comes), the output must be the model's next hidden state, and a vector
-    added to the output of the middle block must arrive in the next block unchanged.
+    added to the output of the middle block must arrive in the next block unchanged. No token may see the tokens after it.
 
     Raises:
         UnsteerableModelError: It is not so.
+        NotCausalError: A token sees the tokens after it, as in an encoder.
+        NonFiniteError: The states are not finite.
     """
     complaint = f"{type(model).__name__} cannot be steered: "
     config = model.config.get_text_config(decoder=True)
@@ -437,11 +504,22 @@ def check_steerable(model: PreTrainedModel, blocks: torch.nn.ModuleList) -> None
     try:
         with torch.inference_mode():
             states = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+            first_pass, seen = seen, []
+            model(input_ids=torch.cat([ids[:, :-1], ids[:, :1]], dim=1), use_cache=False)
+            other_end, seen = seen, first_pass
     finally:
         for handle in handles:
             handle.remove()
     if states is None or len(seen) != len(blocks) or len(states) < len(blocks) + 1:
         raise UnsteerableModelError(complaint + "its blocks do not each run once in a forward pass.")
+    if not all(torch.isfinite(state).all() for state in seen):
+        raise NonFiniteError(
+            f"The activations of {type(model).__name__} are not finite. Try dtype float32 or bfloat16, or another copy of the weights."
+        )
+    if not all(torch.allclose(one[:, :-1], other[:, :-1], atol=1e-4, rtol=1e-3) for one, other in zip(seen, other_end, strict=True)):
+        raise NotCausalError(
+            f"{type(model).__name__} lets a token see the tokens after it, so it does not generate text. Choose a causal language model."
+        )
     for layer in range(len(blocks) - 1):
         if not torch.allclose(seen[layer], states[layer + 1], atol=1e-4, rtol=1e-3):
             raise UnsteerableModelError(complaint + f"what block {layer} returns is not the model's hidden state {layer + 1}.")

@@ -25,7 +25,7 @@ PLACEHOLDERS: dict[str, frozenset[str]] = {
     "steerable_answer": frozenset({"query", "passage", "attribute"}),
 }
 
-_TAG = re.compile(r"<(?=\s*/?\s*(?:situation|passages?|question|attribute)\b)", re.IGNORECASE)
+_TAG = re.compile(r"<(?=[\s/]*(?:situation|passages?|question|attribute)\b)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

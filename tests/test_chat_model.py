@@ -1,0 +1,226 @@
+"""The steered model behaves as any LangChain chat model does."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
+
+from vispa_graph import SteeredChatModel
+from vispa_graph.chat_model import _Stop
+from vispa_graph.engine.contract import Generation
+from vispa_graph.engine.fake import FakeEngine
+from vispa_graph.errors import EngineClosedError, UnknownValueError
+
+QUESTION = "What do you think?"
+
+
+class Pieces(FakeEngine):
+    """Says a text in given pieces."""
+
+    def __init__(self, pieces):
+        super().__init__()
+        self.pieces = pieces
+
+    def generate(self, request):
+        for piece in self.pieces if request.on_token else []:
+            request.on_token(piece)
+        future = Future()
+        future.set_result(Generation("".join(self.pieces), 3, len(self.pieces), "stop", None, 0, 1))
+        return future
+
+
+def model_of(engine):
+    return SteeredChatModel(engine=engine, find_steering=lambda value: None)
+
+
+async def astream(model, *given, **options):
+    return [chunk async for chunk in model.astream(*given, **options)]
+
+
+def joined(chunks):
+    whole = chunks[0]
+    for chunk in chunks[1:]:
+        whole += chunk
+    return whole
+
+
+def read_all_ways(model, stop=None):
+    """The answer by invoke, ainvoke, stream and astream."""
+
+    async def both():
+        return await model.ainvoke(QUESTION, stop=stop), joined(await astream(model, QUESTION, stop=stop))
+
+    return [model.invoke(QUESTION, stop=stop), joined(list(model.stream(QUESTION, stop=stop))), *asyncio.run(both())]
+
+
+@pytest.fixture
+def model(fake_resources):
+    return fake_resources.chat_model
+
+
+# Values
+
+
+def test_a_model_for_a_value_is_steered_toward_it_and_shares_the_engine(model):
+    steered = model.for_value("Karma")
+    assert steered.invoke(QUESTION).text == "Seen from karma, this matters. One should think about karma."
+    assert steered.engine is model.engine
+    assert model.engine.requests[-1].steering.direction.value == "karma"
+
+
+def test_making_a_model_for_a_value_leaves_the_first_one_as_it_was(model):
+    karma = model.for_value("karma")
+    honor = karma.for_value("honor")
+    assert [m.invoke(QUESTION).text.split(",")[0] for m in (model, karma, honor)] == ["Seen from nothing", "Seen from karma", "Seen from honor"]
+
+
+def test_an_unknown_value_is_refused_when_the_model_is_made(model):
+    with pytest.raises(UnknownValueError):
+        model.for_value("no such thing")
+
+
+def test_it_can_be_made_without_a_graph():
+    engine = FakeEngine()
+    assert SteeredChatModel.create(engine=engine).for_value("karma").invoke(QUESTION).text.startswith("Seen from karma")
+
+
+# What is asked and what comes back
+
+
+def test_messages_reach_the_engine_with_their_roles(model):
+    model.invoke(
+        [
+            SystemMessage("Be brief."),
+            HumanMessage("Hello."),
+            AIMessage("Hi."),
+            ToolMessage("42", tool_call_id="1"),
+            HumanMessage([{"type": "text", "text": "Bye."}]),
+        ]
+    )
+    assert model.engine.requests[-1].messages == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": "Hi."},
+        {"role": "user", "content": "42"},
+        {"role": "user", "content": "Bye."},
+    ]
+
+
+def test_settings_reach_the_engine(make_resources):
+    resources = make_resources(max_new_tokens=7, temperature=0.5, seed=11)
+    resources.chat_model.invoke(QUESTION)
+    request = resources.engine.requests[-1]
+    assert (request.max_new_tokens, request.temperature, request.seed) == (7, 0.5, 11)
+
+
+def test_invoke_stream_and_their_async_twins_say_the_same(model):
+    answers = read_all_ways(model.for_value("karma"))
+    assert {answer.text for answer in answers} == {"Seen from karma, this matters. One should think about karma."}
+    assert all(answer.usage_metadata == answers[0].usage_metadata for answer in answers)
+    metadata = [{key: answer.response_metadata[key] for key in ("finish_reason", "cut_tokens", "steering")} for answer in answers]
+    assert all(facts == metadata[0] for facts in metadata)
+
+
+def test_a_stream_comes_piece_by_piece_and_ends_once(model):
+    chunks = list(model.stream(QUESTION))
+    assert len(chunks) == 1 + len(["Seen", "from", "nothing,", "this", "matters.", "One", "should", "think", "about", "nothing."])
+    assert all(isinstance(chunk, AIMessageChunk) for chunk in chunks)
+    assert [chunk.chunk_position for chunk in chunks if chunk.chunk_position] == ["last"]
+
+
+def test_usage_counts_the_tokens_of_prompt_and_answer(model):
+    usage = model.invoke(QUESTION).usage_metadata
+    assert usage["output_tokens"] == 10
+    assert usage["input_tokens"] > 0
+    assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+
+
+def test_the_answer_tells_what_steering_did(model):
+    steering = model.for_value("karma").invoke(QUESTION).response_metadata["steering"]
+    assert len(steering["layers"]) == len(steering["magnitude"]) == len(steering["after"]) > 0
+    assert model.invoke(QUESTION).response_metadata["steering"] is None
+
+
+def test_traces_name_model_and_value_but_hold_no_vectors(model):
+    params = model.for_value("karma")._identifying_params
+    assert (params["model"], params["value"], params["method"]) == ("fake", "karma", "probe")
+    assert "vectors" not in str(params)
+    assert "vectors" not in repr(model.for_value("karma"))
+    assert model._get_ls_params()["ls_model_name"] == "fake"
+
+
+def test_many_async_calls_at_once_each_get_their_own_answer(model):
+    async def run():
+        return await asyncio.gather(*(model.for_value(value).ainvoke(QUESTION) for value in ("karma", "honor", "face")))
+
+    assert [answer.text.split(",")[0] for answer in asyncio.run(run())] == ["Seen from karma", "Seen from honor", "Seen from face"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: model.invoke(QUESTION),
+        lambda model: list(model.stream(QUESTION)),
+        lambda model: asyncio.run(model.ainvoke(QUESTION)),
+        lambda model: asyncio.run(astream(model, QUESTION)),
+    ],
+    ids=["invoke", "stream", "ainvoke", "astream"],
+)
+def test_an_engine_s_error_comes_out_however_it_is_called(call):
+    with pytest.raises(EngineClosedError, match="closed"):
+        call(model_of(FakeEngine(fail=EngineClosedError("The engine is closed."))))
+
+
+# Stop sequences
+
+letters = st.text("ab\n", max_size=12)
+stops = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
+
+
+def pieces_of(text, cuts):
+    places = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
+    return [text[a:b] for a, b in pairwise(places)]
+
+
+def before_first_stop(text, stop):
+    """The text up to the sequence that is complete first, found letter by letter; of several that end together the longest."""
+    for end in range(len(text) + 1):
+        ending = [s for s in stop if text[:end].endswith(s)]
+        if ending:
+            return text[: end - max(map(len, ending))]
+    return text
+
+
+@given(letters, stops, st.lists(st.integers(0, 20), max_size=6))
+def test_a_text_ends_before_its_first_stop_sequence_however_it_is_cut_into_pieces(text, stop, cuts):
+    ending = _Stop(stop)
+    streamed = "".join(ending.take(piece) for piece in pieces_of(text, cuts)) + ending.rest()
+    assert streamed == before_first_stop(text, stop)
+
+
+@given(letters, st.lists(st.integers(0, 20), max_size=6))
+def test_without_stop_sequences_pieces_pass_as_they_come(text, cuts):
+    ending = _Stop(None)
+    pieces = pieces_of(text, cuts)
+    assert [ending.take(piece) for piece in pieces] == pieces
+    assert ending.rest() == ""
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "expected"),
+    [
+        (["One. ", "Tw", "o. Three."], ["Two"], "One. "),
+        (["x", "abc", "d"], ["abcd", "c"], "xab"),
+        (["One. ", "Tw"], ["Two"], "One. Tw"),
+        (["STOP here"], ["STOP"], ""),
+        (["One."], [""], "One."),
+    ],
+)
+def test_every_way_of_calling_stops_at_the_same_place(pieces, stop, expected):
+    assert [answer.text for answer in read_all_ways(model_of(Pieces(pieces)), stop)] == [expected] * 4

@@ -1,0 +1,959 @@
+"""The steering engine on tiny random models: what each request gets, whatever shares its batch."""
+
+import json
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import (
+    ARCHITECTURES,
+    CONTEXT,
+    DEPTH,
+    VOCABULARY,
+    WIDTH,
+    ask,
+    block_outputs,
+    byte_tokenizer,
+    find_blocks,
+    random_direction,
+    reciting_model,
+    steer,
+    tiny_config,
+    tiny_engine,
+    tiny_model,
+    worker_held,
+)
+
+from vispa_graph.engine.contract import Direction, Engine, GenerationRequest, ScoreRequest
+from vispa_graph.engine.huggingface import HuggingFaceEngine, fingerprint
+from vispa_graph.errors import (
+    ContextLengthError,
+    EngineClosedError,
+    InputError,
+    LayerError,
+    ModelError,
+    ModelNotFoundError,
+    NonFiniteError,
+    NotCausalError,
+    UnsteerableModelError,
+)
+from vispa_graph.resources import Resources
+from vispa_graph.settings import Settings
+
+LAYERS = (1, 2, 3)
+# One of each way to count positions (rotary, learned, slopes on the mask) and to return a hidden state (tensor, tuple).
+KINDS = ("llama", "gpt2", "bloom", "gpt_neox")
+PROMPT = "Should my father, 84, have surgery?"
+
+
+@pytest.fixture
+def opened():
+    """Wraps models in engines that are closed when the test ends."""
+    engines = []
+
+    def make(model, tokenizer=None, **options):
+        engine = HuggingFaceEngine(model, tokenizer or byte_tokenizer(), name="tiny", **{"linger": 0.0, **options})
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def engines():
+    """One engine for each of a few kinds of models, on the same seed everywhere."""
+    made = {architecture: tiny_engine(architecture) for architecture in KINDS}
+    yield made
+    for engine in made.values():
+        engine.close()
+
+
+def ids_of(text):
+    """A prompt without a chat template, in tokens."""
+    return byte_tokenizer()(text + "\n\n", return_tensors="pt")["input_ids"]
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def together(engine, *requests):
+    """The results of requests that share one batch."""
+    with worker_held(engine):
+        futures = [engine.generate(r) if isinstance(r, GenerationRequest) else engine.score(r) for r in requests]
+    return [future.result(60) for future in futures]
+
+
+def probability(direction, layer, state):
+    """The probe's probability for a state [d]."""
+    index = direction.layers.index(layer)
+    score = float(direction.vectors[index].astype(np.float64) @ state.double().numpy()) + float(direction.bias[index])
+    return 1 / (1 + math.exp(-score))
+
+
+# The calculation of the papers, written for one prompt alone: one whole forward pass for each layer
+
+
+def adding(delta):
+    def hook(_module, _inputs, output):
+        return (output[0] + delta, *output[1:]) if isinstance(output, tuple) else output + delta
+
+    return hook
+
+
+class Reference:
+    """A model steered by simple hooks, without padding, batches or a cache."""
+
+    def __init__(self, architecture, steering, **changes):
+        self.model, self.steering, self.deltas = tiny_model(architecture, **changes), steering, {}
+        self.blocks = find_blocks(self.model)
+
+    def forward(self, ids, watch=None):
+        """Logits [vocabulary] at the last position, and the state [d] there after the block `watch`."""
+        seen = []
+        handles = [self.blocks[layer].register_forward_hook(adding(delta)) for layer, delta in self.deltas.items()]
+        if watch is not None:
+            handles.append(self.blocks[watch].register_forward_hook(lambda _m, _i, o: seen.append(o[0] if isinstance(o, tuple) else o)))
+        try:
+            with torch.inference_mode():
+                logits = self.model(ids, use_cache=False).logits[0, -1]
+        finally:
+            for handle in handles:
+                handle.remove()
+        return logits, seen[0][0, -1] if seen else None
+
+    def calibrate(self, ids):
+        """The magnitudes at the steered layers, in ascending order, each after the ones before it were added."""
+        direction, magnitudes = self.steering.direction, []
+        for index, layer in enumerate(direction.layers):
+            _, state = self.forward(ids, watch=layer)
+            w, e = direction.vectors[index].astype(np.float64), state.double().numpy()
+            wanted = math.log(self.steering.target_probability / (1 - self.steering.target_probability))
+            eps = max(0.0, (wanted - float(direction.bias[index]) - w @ e) / (w @ w)) * self.steering.strength
+            self.deltas[layer] = torch.from_numpy(eps * w).float()
+            magnitudes.append(eps)
+        return magnitudes
+
+    def text(self, ids, new_tokens):
+        """Greedy decoding, the whole text again for each token."""
+        tokens = []
+        for _ in range(new_tokens):
+            token = int(self.forward(torch.cat([ids, torch.tensor([tokens], dtype=torch.long)], dim=1))[0].argmax())
+            if token == 258:
+                break
+            tokens.append(token)
+        return byte_tokenizer().decode(tokens, skip_special_tokens=True)
+
+
+def company():
+    """Requests to share a batch with: other values, unsteered, shorter and longer prompts, other layers and methods."""
+    return [
+        ask("Why?", max_new_tokens=3),
+        ask("x" * 150, steering=steer(random_direction(LAYERS, seed=5), target=0.99), max_new_tokens=2),
+        ask("A question of middling length", steering=steer(random_direction([0, 2], method="pca", seed=6, alpha=2.0)), max_new_tokens=9),
+        ask(PROMPT, steering=steer(random_direction([4], method="mean_difference", seed=7)), max_new_tokens=5),
+        ask(PROMPT, max_new_tokens=4),
+    ]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_calibration_in_the_prefill_equals_one_forward_pass_for_each_layer(architecture, opened):
+    steering = steer(random_direction(LAYERS, seed=1), strength=1.0)
+    reference = Reference(architecture, steering)
+    expected = reference.calibrate(ids_of(PROMPT))
+    text = reference.text(ids_of(PROMPT), 6)
+    assert max(expected) > 0
+    engine = opened(tiny_model(architecture))
+    request = ask(PROMPT, steering=steering, max_new_tokens=6)
+    alone = engine.generate(request).result()
+    beside = together(engine, *company()[:2], request, *company()[2:])[2]
+    assert (alone.batch_rows, beside.batch_rows) == (1, 6)
+    for generation in (alone, beside):
+        assert generation.steering.layers == LAYERS
+        assert generation.steering.magnitude == pytest.approx(expected, rel=1e-4)
+        assert generation.text == text
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.5])
+def test_calibration_scaled_by_a_strength_equals_the_same_calculation(strength, opened):
+    steering = steer(random_direction(LAYERS, seed=2), strength=strength, target=0.7)
+    expected = Reference("llama", steering).calibrate(ids_of(PROMPT))
+    report = opened(tiny_model()).generate(ask(PROMPT, steering=steering, max_new_tokens=1)).result().steering
+    assert report.magnitude == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+def test_the_last_prompt_token_has_the_target_where_it_was_lower_and_is_untouched_where_it_was_higher(architecture, opened):
+    model = tiny_model(architecture)
+    base = random_direction(LAYERS, seed=3)
+    direction = Direction("value", "probe", LAYERS, base.vectors, np.array([-5, 200, -2], np.float32), 1.0, base.accuracy)
+    with block_outputs(model) as before:
+        engine = opened(model)
+        with block_outputs(model) as after:
+            report = engine.generate(ask(PROMPT, steering=steer(direction, target=0.8), max_new_tokens=1)).result().steering
+    for index, (layer, lower) in enumerate(zip(LAYERS, [True, False, True], strict=True)):
+        was, now = before[layer][-1][0, -1], after[layer][-1][0, -1]
+        assert (probability(direction, layer, was) < 0.8) == lower
+        if lower:
+            assert probability(direction, layer, now) == pytest.approx(0.8, abs=1e-4)
+        else:
+            assert torch.equal(before[layer][-1], after[layer][-1])
+            assert report.magnitude[index] == 0
+        assert report.before[index] == pytest.approx(probability(direction, layer, was), abs=1e-4)
+        assert report.after[index] == pytest.approx(probability(direction, layer, now), abs=1e-4)
+
+
+def test_the_calibrated_magnitude_is_held_at_every_position_while_generating(opened):
+    model = tiny_model()
+    direction = random_direction(LAYERS, seed=1)
+    with block_outputs(model) as before:
+        engine = opened(model)
+        with block_outputs(model) as after:
+            report = engine.generate(ask(PROMPT, steering=steer(direction), max_new_tokens=5)).result().steering
+    for index, layer in enumerate(LAYERS):
+        delta = report.magnitude[index] * direction.vectors[index]
+        for was, now in zip(before[layer][-len(after[layer]) :], after[layer], strict=True):
+            assert np.allclose((now - was).numpy(), np.broadcast_to(delta, now.shape), atol=1e-5)
+
+
+# No steering, no trace
+
+
+def recorded_logits(model, run):
+    """The last position's logits [rows, vocabulary] of each forward pass while `run` runs."""
+    seen = []
+    handle = model.register_forward_hook(lambda _m, _i, output: seen.append(output.logits[:, -1].clone()))
+    try:
+        run()
+    finally:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_plan_and_strength_zero_leave_the_logits_bit_equal_before_and_after_a_steered_batch(architecture, opened):
+    ids = ids_of(PROMPT)
+    plain = tiny_model(architecture).generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=5,
+        eos_token_id=258,
+        pad_token_id=256,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    model = tiny_model(architecture)
+    engine = opened(model)
+    unsteered = ask(PROMPT, max_new_tokens=5)
+
+    def logits_of(request):
+        return recorded_logits(model, lambda: engine.generate(request).result())
+
+    def same(logits):
+        return len(logits) == len(plain.logits) and all(torch.equal(one, other) for one, other in zip(logits, plain.logits, strict=True))
+
+    assert same(logits_of(unsteered))
+    for method in ("probe", "mean_difference", "pca"):
+        assert same(logits_of(ask(PROMPT, steering=steer(random_direction(LAYERS, method=method), strength=0.0), max_new_tokens=5)))
+    assert not same(logits_of(ask(PROMPT, steering=steer(random_direction(LAYERS, method="pca")), max_new_tokens=5)))
+    together(engine, *company())
+    assert same(logits_of(unsteered))
+
+
+def test_closing_leaves_the_model_as_it_was_found(opened):
+    model = tiny_model()
+    model.generation_config = transformers.GenerationConfig(do_sample=True, temperature=0.7, eos_token_id=258)
+    before = model.generation_config.to_dict()
+    with torch.inference_mode():
+        logits = model(ids_of(PROMPT)).logits
+    engine = opened(model)
+    together(engine, *company())
+    engine.close()
+    hooks = [hook for block in find_blocks(model) for hook in block._forward_hooks.values()]
+    assert not [hook for hook in hooks if hook.__module__.startswith("vispa_graph")]  # transformers leaves some of its own
+    assert model.generation_config.to_dict() == before
+    with torch.inference_mode():
+        assert torch.equal(model(ids_of(PROMPT)).logits, logits)
+
+
+@pytest.mark.parametrize(("architecture", "method"), [*product(("llama", "bloom"), ("mean_difference", "pca")), ("gpt_neox", "pca")])
+def test_a_fixed_magnitude_adds_exactly_its_multiple_of_the_vector_at_exactly_the_chosen_blocks(architecture, method, opened):
+    layers, alpha, strength = (1, 3), 0.5, 1.5
+    direction = random_direction(layers, method=method, alpha=alpha, seed=4)
+    model = tiny_model(architecture)
+    with block_outputs(model) as before:
+        engine = opened(model)
+        with block_outputs(model) as after:
+            engine.generate(ask(PROMPT, max_new_tokens=1)).result()
+            unsteered = [outputs[-1] for outputs in after]
+            report = engine.generate(ask(PROMPT, steering=steer(direction, strength), max_new_tokens=1)).result().steering
+    assert report.magnitude == pytest.approx((alpha * strength,) * 2)
+    for layer in range(DEPTH):
+        was, now = before[layer][-1], after[layer][-1]
+        if layer in layers:
+            delta = torch.from_numpy(np.float32(alpha * strength) * direction.vectors[layers.index(layer)])
+            assert torch.equal(now, was + delta)
+        else:
+            assert torch.equal(now, was)
+        assert torch.equal(now, unsteered[layer]) == (layer < layers[0])
+
+
+# The batch does not matter
+
+PROMPTS = ("Why?", PROMPT, "x" * 90, "Is it right to lie to a friend, and if so, when? Ärzte fragen.")
+STEERINGS = (
+    None,
+    steer(random_direction(LAYERS, seed=1)),
+    steer(random_direction([0, 4], seed=2), strength=0.5, target=0.99),
+    steer(random_direction([2], method="mean_difference", alpha=0.7, seed=3)),
+    steer(random_direction(range(DEPTH), method="pca", seed=4), strength=2.0),
+)
+choices = st.tuples(
+    st.sampled_from(range(len(PROMPTS))),
+    st.sampled_from(range(len(STEERINGS))),
+    st.integers(1, 8),
+    st.sampled_from([0.0, 0.0, 0.7, 1.5]),
+    st.integers(0, 3),
+)
+
+
+@pytest.fixture(scope="module")
+def alone(engines):
+    """What a request gets by itself; each is run once."""
+
+    @cache
+    def run(architecture, choice):
+        return engines[architecture].generate(request_of(choice)).result()
+
+    return run
+
+
+def request_of(choice, **options):
+    prompt, steering, new_tokens, temperature, seed = choice
+    return ask(PROMPTS[prompt], steering=STEERINGS[steering], max_new_tokens=new_tokens, temperature=temperature, seed=seed, **options)
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(batch=st.lists(choices, min_size=2, max_size=5))
+def test_a_rows_text_is_the_same_alone_and_in_any_batch(architecture, batch, engines, alone):
+    results = together(engines[architecture], *map(request_of, batch))
+    for choice, result in zip(batch, results, strict=True):
+        by_itself = alone(architecture, choice)
+        assert result.batch_rows == len(batch)
+        assert (result.text, result.completion_tokens, result.finish) == (by_itself.text, by_itself.completion_tokens, by_itself.finish)
+        assert result.prompt_tokens == by_itself.prompt_tokens
+        assert (result.steering is None) == (STEERINGS[choice[1]] is None)
+        if result.steering:
+            assert result.steering.magnitude == pytest.approx(by_itself.steering.magnitude, rel=1e-4, abs=1e-5)
+            assert result.steering.displacement == pytest.approx(by_itself.steering.displacement, rel=1e-3)
+
+
+def test_a_small_capacity_splits_the_batch_and_changes_no_text(opened, engines):
+    requests = [ask(prompt, steering=steering, max_new_tokens=6) for prompt, steering in product(PROMPTS[:2], STEERINGS)]
+    small = opened(tiny_model(), capacity=100)
+    split = together(small, *requests)
+    assert [r.text for r in split] == [r.text for r in together(engines["llama"], *requests)]
+    widest = max(r.prompt_tokens for r in split) + 6
+    assert 1 < max(r.batch_rows for r in split) < len(requests)
+    assert all(r.batch_rows == 1 or r.batch_rows * (r.prompt_tokens + 6) <= 100 for r in split)
+    assert widest * len(requests) > 100
+
+
+def test_a_row_that_is_done_does_not_run_past_the_positions_that_the_model_has(opened):
+    engine = opened(tiny_model("gpt2", n_positions=64))
+    requests = [ask("y" * 50, max_new_tokens=4), ask("bcdf", max_new_tokens=55)]
+    expected = [engine.generate(request).result() for request in requests]
+    assert [r.completion_tokens for r in expected] == [4, 55]  # together they would need 52 + 55 positions
+    assert [r.text for r in together(engine, *requests)] == [r.text for r in expected]
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+def test_each_row_has_its_own_limit_of_new_tokens(architecture, opened):
+    model = tiny_model(architecture)
+    if model.get_output_embeddings().bias is None:  # a bias against the end token, so that only the limit ends a text
+        model.get_output_embeddings().bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
+    model.get_output_embeddings().bias.data[258] = -1e4
+    limits = [1, 7, 3, 12]
+    results = together(opened(model), *(ask(PROMPT, max_new_tokens=limit) for limit in limits))
+    assert [r.completion_tokens for r in results] == limits
+    assert {r.finish for r in results} == {"length"}
+    longest = results[-1].text
+    assert all(longest.startswith(r.text.rstrip("\N{REPLACEMENT CHARACTER}")) for r in results)
+
+
+def test_one_requests_failure_is_not_its_neighbours(opened):
+    engine = opened(tiny_model())
+    pieces = []
+
+    def fails(_piece):
+        raise ValueError("a listener that breaks its promise")
+
+    healthy = ask(PROMPT, max_new_tokens=6, on_token=pieces.append)
+    expected = engine.generate(ask(PROMPT, max_new_tokens=6)).result().text
+    with worker_held(engine):
+        first = engine.generate(healthy)
+        broken = engine.generate(ask("Why?", max_new_tokens=6, on_token=fails))
+        huge = engine.generate(ask("Why?", max_new_tokens=6, steering=steer(random_direction([1], method="pca"), strength=1e39)))
+        last = engine.generate(ask(PROMPT, max_new_tokens=6))
+    assert first.result(60).text == last.result(60).text == expected
+    assert "".join(pieces) == expected
+    with pytest.raises(ValueError, match="promise"):
+        broken.result(60)
+    with pytest.raises(NonFiniteError):
+        huge.result(60)
+
+
+def test_a_letter_that_cannot_be_scored_fails_only_its_own_request(opened):
+    engine = opened(tiny_model())
+    with worker_held(engine):
+        futures = [engine.score(ScoreRequest(user(PROMPT), letters)) for letters in (("A", "B"), ("AB", "C"), ("A", "B"))]
+    assert futures[0].result(60).probabilities == pytest.approx(futures[2].result(60).probabilities, abs=1e-5)
+    with pytest.raises(UnsteerableModelError, match="single token"):
+        futures[1].result(60)
+
+
+# Sampling and streaming
+
+
+def test_sampling_repeats_with_its_seed_and_changes_with_another(engines):
+    def sample(seed):
+        return engines["llama"].generate(ask(PROMPT, max_new_tokens=12, temperature=2.0, seed=seed)).result().text
+
+    assert sample(1) == sample(1)
+    assert len({sample(seed) for seed in range(6)}) > 1
+
+
+def test_sampling_draws_from_the_softmax_at_its_temperature(opened):
+    model = tiny_model(tie_word_embeddings=False)
+    temperature, draws = 0.5, 400
+    with torch.no_grad():  # a model that can only say a, b or c
+        head = model.lm_head
+        head.bias = torch.nn.Parameter(torch.full((VOCABULARY,), -1e4))
+        head.weight.zero_()
+        wanted = byte_tokenizer()("abc")["input_ids"]
+        head.bias[wanted] = torch.tensor([0.0, 0.3, 0.6])
+    expected = torch.softmax(torch.tensor([0.0, 0.3, 0.6]) / temperature, 0).numpy()
+    results = together(opened(model), *(ask("Why?", max_new_tokens=1, temperature=temperature, seed=seed) for seed in range(draws)))
+    shares = np.array([sum(r.text == letter for r in results) / draws for letter in "abc"])
+    assert shares.sum() == 1
+    assert np.abs(shares - expected).max() < 4 * math.sqrt(0.25 / draws)
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+@settings(deadline=None, max_examples=6, derandomize=True)
+@given(batch=st.lists(choices, min_size=1, max_size=3))
+def test_streamed_pieces_joined_are_the_text(architecture, batch, engines):
+    pieces = [[] for _ in batch]
+    requests = [request_of(choice, on_token=heard.append) for choice, heard in zip(batch, pieces, strict=True)]
+    for heard, result in zip(pieces, together(engines[architecture], *requests), strict=True):
+        assert "".join(heard) == result.text
+        assert all(heard)
+
+
+def test_a_character_of_several_tokens_is_streamed_whole(opened):
+    text, pieces = "é€😀 ok", []
+    result = opened(reciting_model(text)).generate(ask("Say it.", max_new_tokens=40, on_token=pieces.append)).result()
+    assert (result.text, result.finish, result.completion_tokens) == (text, "stop", len(text.encode()))
+    assert pieces == list(text)
+
+
+def test_a_character_cut_by_the_limit_is_still_streamed_as_the_text_has_it(opened):
+    pieces = []
+    result = opened(reciting_model("é€😀 ok")).generate(ask("Say it.", max_new_tokens=4, on_token=pieces.append)).result()
+    assert (result.text, result.finish) == ("é\N{REPLACEMENT CHARACTER}", "length")
+    assert "".join(pieces) == result.text
+
+
+def test_a_tokenizer_that_would_tidy_spaces_away_afterwards_does_not(opened):
+    tokenizer, pieces = byte_tokenizer(), []
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    result = opened(reciting_model("so ,it"), tokenizer).generate(ask("Say it.", max_new_tokens=20, on_token=pieces.append)).result()
+    assert result.text == "so ,it"
+    assert "".join(pieces) == result.text
+
+
+# Prompts
+
+
+def prompts_seen(model, run):
+    """The ids of every prompt that the model is given while `run` runs, without padding."""
+    seen = []
+
+    def look(_module, _args, kwargs):
+        if kwargs["input_ids"].shape[1] > 1:
+            mask = kwargs.get("attention_mask")  # left out where nothing is padded
+            rows = kwargs["input_ids"]
+            seen.extend(row[keep.bool()].tolist() for row, keep in zip(rows, torch.ones_like(rows) if mask is None else mask, strict=True))
+
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        run()
+    finally:
+        handle.remove()
+    return seen
+
+
+CONVERSATION = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}]
+
+
+def test_a_chat_template_is_used_where_there_is_one_with_the_assistants_header_and_one_beginning(opened):
+    model = tiny_model()
+    engine = opened(model, byte_tokenizer(chat=True))
+    (ids,) = prompts_seen(model, lambda: engine.generate(GenerationRequest(CONVERSATION, max_new_tokens=1)).result())
+    assert byte_tokenizer().decode(ids) == "<bos>[system]Be kind.\n[user]Why?\n[assistant]"
+
+
+def test_without_a_chat_template_turns_are_set_apart_by_blank_lines(opened):
+    model = tiny_model()
+    engine = opened(model)
+    (ids,) = prompts_seen(model, lambda: engine.generate(GenerationRequest(CONVERSATION, max_new_tokens=1)).result())
+    assert byte_tokenizer().decode(ids) == "Be kind.\n\nWhy?\n\n"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_prompt_too_long_loses_its_middle_and_says_how_much(architecture, opened):
+    model = tiny_model(architecture, max_position_embeddings=128) if architecture == "llama" else tiny_model(architecture, n_positions=128)
+    engine = opened(model)
+    text = "".join(chr(ord("a") + i % 26) for i in range(300))
+    results = []
+    (ids,) = prompts_seen(model, lambda: results.append(engine.generate(ask(text, max_new_tokens=20)).result()))
+    whole = byte_tokenizer()(text + "\n\n")["input_ids"]
+    (result,) = results
+    assert result.cut_tokens == len(whole) - 108
+    assert result.prompt_tokens == len(ids) == 108
+    assert ids == whole[:54] + whole[-54:]
+    score = engine.score(ScoreRequest(user(text), ("A", "B"))).result()
+    assert score.cut_tokens == len(whole) - 127
+
+
+def test_a_prompt_that_fits_loses_nothing(engines):
+    result = engines["llama"].generate(ask("x" * (CONTEXT - 2 - 8), max_new_tokens=8)).result()
+    assert (result.cut_tokens, result.prompt_tokens) == (0, CONTEXT - 8)
+
+
+def test_more_new_tokens_than_the_context_has_room_for_are_refused(engines):
+    with pytest.raises(ContextLengthError, match=f"{CONTEXT} tokens"):
+        engines["llama"].generate(ask("x" * 100, max_new_tokens=CONTEXT - 20)).result()
+
+
+def test_reading_long_texts_meanwhile_does_not_cut_another_threads_prompt(engines):
+    engine, done, lengths = engines["llama"], threading.Event(), set()
+
+    def read():
+        while not done.is_set():
+            engine._raw_tokens("a" * 3000)
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    try:
+        lengths = {len(engine._chat_tokens(user("b" * 400))) for _ in range(1500)}
+    finally:
+        done.set()
+        for reader in readers:
+            reader.join()
+    assert lengths == {402}
+
+
+def test_the_models_own_generation_settings_do_not_decide(opened):
+    own = {"do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "min_new_tokens": 30, "max_new_tokens": 40}
+    spoiled = tiny_model()
+    spoiled.generation_config = transformers.GenerationConfig(**own, eos_token_id=258, pad_token_id=256)
+    engine = opened(spoiled)
+    for steering in (None, STEERINGS[1]):
+        reference = Reference("llama", steering)
+        if steering:
+            reference.calibrate(ids_of(PROMPT))
+        text = reference.text(ids_of(PROMPT), 12)
+        for _ in range(2):
+            assert engine.generate(ask(PROMPT, steering=steering, max_new_tokens=12)).result().text == text
+
+
+def test_a_text_ends_at_any_of_the_end_tokens_that_the_model_came_with(opened):
+    model = reciting_model("to be", then_stop=False)
+    model.generation_config.eos_token_id = [258, *byte_tokenizer()("b")["input_ids"]]
+    result = opened(model).generate(ask("Say it.", max_new_tokens=20)).result()
+    assert (result.text, result.finish, result.completion_tokens) == ("to ", "stop", 3)
+
+
+# Scores
+
+
+def plain_scores(logits, letters, spellings):
+    """Letter shares and their mass, from a softmax over the whole vocabulary."""
+    probabilities = np.exp(logits.double().numpy() - logits.max().item())
+    probabilities /= probabilities.sum()
+    vocabulary = byte_tokenizer().get_vocab()
+    masses = np.array([sum(probabilities[vocabulary[s + letter]] for s in spellings) for letter in letters])
+    return masses / masses.sum(), masses.sum()
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+@pytest.mark.parametrize("steering", [None, STEERINGS[1]], ids=["unsteered", "steered"])
+def test_option_scores_are_the_next_tokens_softmax_over_both_spellings_of_each_letter(architecture, steering, engines):
+    reference = Reference(architecture, steering)
+    if steering:
+        reference.calibrate(ids_of(PROMPT))
+    logits, _ = reference.forward(ids_of(PROMPT))
+    letters = tuple("ABCDE")
+    expected, mass = plain_scores(logits, letters, ("", "Ġ"))
+    request = ScoreRequest(user(PROMPT), letters, steering)
+    others = [ScoreRequest(user(prompt), ("A", "B"), STEERINGS[2]) for prompt in PROMPTS]
+    for scores in (engines[architecture].score(request).result(), together(engines[architecture], *others, request)[-1]):
+        assert sum(scores.probabilities) == pytest.approx(1)
+        assert scores.probabilities == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        assert scores.mass == pytest.approx(mass, rel=1e-3)
+        assert scores.cut_tokens == 0
+
+
+def test_a_tokenizer_with_one_spelling_of_a_letter_is_scored_on_that_one(opened):
+    logits, _ = Reference("llama", None).forward(ids_of(PROMPT))
+    expected, mass = plain_scores(logits, ("A", "B"), ("",))
+    scores = opened(tiny_model(), byte_tokenizer(spaced_letters=False)).score(ScoreRequest(user(PROMPT), ("A", "B"))).result()
+    assert scores.probabilities == pytest.approx(expected, rel=1e-4)
+    assert scores.mass == pytest.approx(mass, rel=1e-4)
+    assert mass != pytest.approx(plain_scores(logits, ("A", "B"), ("", "Ġ"))[1], rel=1e-3)
+
+
+def test_the_order_of_the_letters_is_the_order_of_the_probabilities(engines):
+    forward = engines["llama"].score(ScoreRequest(user(PROMPT), ("A", "B", "C"))).result()
+    backward = engines["llama"].score(ScoreRequest(user(PROMPT), ("C", "B", "A"))).result()
+    assert backward.probabilities == pytest.approx(forward.probabilities[::-1])
+
+
+def test_letters_without_any_probability_are_an_error_and_not_a_guess(opened):
+    model = tiny_model(tie_word_embeddings=False)
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
+    vocabulary = byte_tokenizer().get_vocab()
+    model.lm_head.bias.data[[vocabulary[token] for token in ("A", "B", "ĠA", "ĠB")]] = -1e6
+    with pytest.raises(NonFiniteError, match="none of the option letters"):
+        opened(model).score(ScoreRequest(user(PROMPT), ("A", "B"))).result()
+
+
+# What cannot be done
+
+
+def test_weights_that_are_not_finite_are_refused_when_the_engine_is_made():
+    model = tiny_model()
+    find_blocks(model)[2].mlp.down_proj.weight.data[0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match="LlamaForCausalLM"):
+        HuggingFaceEngine(model, byte_tokenizer(), name="tiny")
+
+
+def test_logits_that_are_not_finite_fail_generations_and_scores(opened):
+    model = tiny_model(tie_word_embeddings=False)
+    model.lm_head.weight.data[40, 0] = math.nan
+    engine = opened(model)
+    with pytest.raises(NonFiniteError, match="logits"):
+        engine.generate(ask(PROMPT)).result()
+    with pytest.raises(NonFiniteError, match="logits"):
+        engine.score(ScoreRequest(user(PROMPT), ("A", "B"))).result()
+
+
+def test_activations_that_are_not_finite_fail_readings(opened):
+    model = tiny_model()
+    engine = opened(model)
+    find_blocks(model)[1].mlp.down_proj.weight.data[0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match="activations"):
+        engine.read(["a text"])
+    with pytest.raises(NonFiniteError, match="layer 1"):
+        engine.generate(ask(PROMPT, steering=steer(random_direction([1])))).result()
+
+
+@pytest.mark.parametrize("part", ["vectors", "bias"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_direction_that_is_not_finite_is_refused_and_fails_no_other_request(part, bad, engines):
+    direction = random_direction(LAYERS)
+    getattr(direction, part)[1] = bad
+    with worker_held(engines["llama"]):
+        other = engines["llama"].generate(ask(PROMPT, max_new_tokens=2))
+        with pytest.raises(NonFiniteError, match="'value'"):
+            engines["llama"].generate(ask(PROMPT, steering=steer(direction))).result(1)
+        with pytest.raises(NonFiniteError, match="'value'"):
+            engines["llama"].score(ScoreRequest(user(PROMPT), ("A", "B"), steer(direction))).result(1)
+    assert other.result(60).completion_tokens <= 2
+
+
+def test_a_direction_at_layers_that_the_model_lacks_is_refused(engines):
+    with pytest.raises(LayerError, match=f"Layer 99 .* {DEPTH}"):
+        engines["llama"].generate(ask(PROMPT, steering=steer(random_direction([1, 99])))).result()
+
+
+def test_a_direction_of_another_models_width_is_refused(engines):
+    with pytest.raises(UnsteerableModelError, match="fitted on another model"):
+        engines["llama"].generate(ask(PROMPT, steering=steer(random_direction([1], width=WIDTH + 1)))).result()
+
+
+def test_a_closed_engine_refuses_everything_and_can_be_closed_again(opened):
+    engine = opened(tiny_model())
+    engine.close()
+    engine.close()
+    with pytest.raises(EngineClosedError):
+        engine.generate(ask(PROMPT))
+    with pytest.raises(EngineClosedError):
+        engine.score(ScoreRequest(user(PROMPT), ("A", "B")))
+    with pytest.raises(EngineClosedError):
+        engine.read([PROMPT])
+
+
+# Reading
+
+TEXTS = [
+    "A",
+    "I told the truth although it cost me.",
+    "Would she lie?",
+    "z" * 400,
+    "Ärzte sollten zuhören.",
+    *(f"text number {n}" for n in range(70)),
+]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_read_gives_the_state_after_every_block_at_the_last_token_of_each_text(architecture, opened):
+    states = opened(tiny_model(architecture)).read(TEXTS[:6])
+    plain = tiny_model(architecture)
+    assert states.shape == (6, DEPTH, WIDTH)
+    assert states.dtype == np.float32
+    for text, state in zip(TEXTS, states, strict=False):
+        ids = byte_tokenizer()(text, return_tensors="pt")["input_ids"][:, :256]
+        with torch.inference_mode(), block_outputs(plain) as outputs:
+            hidden = plain(ids, output_hidden_states=True).hidden_states
+        for layer in range(DEPTH - 1):  # behind the last block the model's own hidden state is normed
+            assert np.allclose(state[layer], hidden[layer + 1][0, -1].numpy(), rtol=1e-3, atol=1e-4)
+        assert np.allclose(state[-1], outputs[-1][0][0, -1].numpy(), rtol=1e-3, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=8, derandomize=True)
+@given(order=st.permutations(range(len(TEXTS))))
+def test_read_does_not_depend_on_the_order_of_the_texts(order, engines):
+    straight = engines["llama"].read(TEXTS)
+    assert np.allclose(engines["llama"].read([TEXTS[index] for index in order]), straight[order], rtol=1e-3, atol=1e-4)
+
+
+def test_read_takes_conversations_at_the_assistants_header(opened):
+    engine = opened(tiny_model(), byte_tokenizer(chat=True))
+    state = engine.read([CONVERSATION, "raw"])[0]
+    ids = byte_tokenizer()("<bos>[system]Be kind.\n[user]Why?\n[assistant]", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        hidden = tiny_model()(ids, output_hidden_states=True).hidden_states
+    assert np.allclose(state[2], hidden[3][0, -1].numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_read_is_unsteered_while_others_are_steered(engines):
+    before = engines["llama"].read(TEXTS[:3])
+    with worker_held(engines["llama"]):
+        steered = [engines["llama"].generate(ask(PROMPT, steering=STEERINGS[4], max_new_tokens=3)) for _ in range(3)]
+        reading = ThreadPoolExecutor(1).submit(engines["llama"].read, TEXTS[:3])
+    assert all(future.result(60).steering for future in steered)
+    assert np.allclose(reading.result(60), before, rtol=1e-4, atol=1e-5)
+
+
+def test_read_reports_every_text_once(engines):
+    counts = []
+    engines["llama"].read(TEXTS, counts.append)
+    assert sum(counts) == len(TEXTS)
+    assert len(counts) > 1
+
+
+def test_reading_nothing_gives_nothing(engines):
+    assert engines["llama"].read([]).shape == (0, DEPTH, WIDTH)
+
+
+def test_an_empty_text_cannot_be_read(engines):
+    with pytest.raises(InputError, match="empty"):
+        engines["llama"].read(["a text", ""])
+
+
+def test_the_engine_keeps_the_contract(engines):
+    engine = engines["llama"]
+    assert isinstance(engine, Engine)
+    assert (engine.name, engine.depth, engine.width) == ("tiny", DEPTH, WIDTH)
+    assert engine.describe()["depth"] == DEPTH
+    assert len(engine.fingerprint) == 64
+
+
+# Loading
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Writes a model and a tokenizer to a folder, as a user would."""
+
+    def save(model, tokenizer=True):
+        folder = tmp_path / "model"
+        model.save_pretrained(folder)
+        if tokenizer:
+            byte_tokenizer(chat=True).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+def test_the_fingerprint_is_the_same_for_a_reload_and_different_for_other_weights(saved):
+    model = tiny_model()
+    folder = saved(model)
+    loaded = HuggingFaceEngine.load(str(folder), linger=0.0)
+    loaded.close()
+    assert loaded.fingerprint == fingerprint(model) == fingerprint(tiny_model())
+    assert fingerprint(tiny_model(seed=1)) != loaded.fingerprint
+    with torch.no_grad():
+        find_blocks(model)[3].mlp.up_proj.weight.add_(1e-3)
+    assert fingerprint(model) != loaded.fingerprint
+
+
+def test_a_saved_model_answers_as_the_one_in_memory(saved, opened):
+    folder = saved(tiny_model())
+    loaded = HuggingFaceEngine.load(str(folder), name="mine", linger=0.0)
+    request = ask(PROMPT, steering=STEERINGS[1], max_new_tokens=8)
+    try:
+        assert loaded.name == "mine"
+        assert loaded.generate(request).result().text == opened(tiny_model(), byte_tokenizer(chat=True)).generate(request).result().text
+    finally:
+        loaded.close()
+
+
+def test_loading_from_a_folder_prints_nothing(saved, capfd):
+    folder = saved(tiny_model())
+    capfd.readouterr()
+    HuggingFaceEngine.load(str(folder)).close()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("place", ["missing", "a/b/missing"])
+def test_a_missing_folder_is_not_found(place, tmp_path):
+    with pytest.raises(ModelNotFoundError, match="no folder"):
+        HuggingFaceEngine.load(str(tmp_path / place))
+
+
+def test_a_name_on_a_hub_that_cannot_be_reached_is_not_found(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelNotFoundError, match=r"nobody/nothing-here .* the name and the network"):
+        HuggingFaceEngine.load("nobody/nothing-here")
+
+
+def small(name, **changes):
+    """The configuration of a tiny model that is no causal language model."""
+    common = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
+    return getattr(transformers, name)(**{**common, **changes})
+
+
+BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 32}
+T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8}
+NOT_CAUSAL = {
+    "a masked model": lambda: transformers.BertForMaskedLM(small("BertConfig")),
+    "another masked model": lambda: transformers.RobertaForMaskedLM(small("RobertaConfig")),
+    "a sentence encoder": lambda: transformers.BertModel(small("BertConfig")),
+    "an encoder and decoder": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
+    "another encoder and decoder": lambda: transformers.BartForConditionalGeneration(
+        transformers.BartConfig(vocab_size=VOCABULARY, decoder_ffn_dim=32, **BART)
+    ),
+    "a classifier": lambda: transformers.LlamaForSequenceClassification(tiny_config()),
+    "a model without its head": lambda: transformers.LlamaModel(tiny_config(tie_word_embeddings=False)),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_CAUSAL)
+def test_a_model_that_is_not_a_causal_language_model_is_refused_as_such(kind, saved):
+    with pytest.raises(NotCausalError):
+        HuggingFaceEngine.load(str(saved(NOT_CAUSAL[kind]())))
+
+
+def empty(folder):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def written(name, content):
+    return lambda folder: (folder / name).write_text(content, encoding="utf-8")
+
+
+def cut_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def narrower(folder):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}), encoding="utf-8")
+
+
+DAMAGE = {
+    "an empty folder": empty,
+    "no configuration": without("config.json"),
+    "a configuration that is not JSON": written("config.json", "{"),
+    "an unknown kind of model": written("config.json", '{"model_type": "nonsense"}'),
+    "no weights": without("model.safetensors"),
+    "weights cut short": cut_weights,
+    "weights that are something else": written("model.safetensors", "not tensors"),
+    "weights of other shapes": narrower,
+    "a tokenizer that is not JSON": written("tokenizer.json", "{"),
+    "no tokenizer": without("tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_folder_that_holds_no_whole_model_is_refused_with_what_it_needs(damage, saved):
+    folder = saved(tiny_model())
+    DAMAGE[damage](folder)
+    with pytest.raises(NotCausalError, match=r"config\.json, safetensors weights and a tokenizer"):
+        HuggingFaceEngine.load(str(folder))
+
+
+def test_every_loading_error_is_a_model_error():
+    assert all(issubclass(error, ModelError) for error in (ModelNotFoundError, NotCausalError, UnsteerableModelError, NonFiniteError))
+
+
+# Many threads
+
+
+def test_eight_threads_with_different_questions_get_what_each_gets_alone(tmp_path):
+    resources = Resources(Settings(cache=tmp_path))
+    engine = resources.engine
+    directions = [random_direction(range(1, engine.depth - 1), seed=seed, width=engine.width, bias=-1.0) for seed in range(8)]
+    questions = [
+        f"Should {who} be told {what}?" for who, what in product(("my father", "the whole family"), ("now", "later", "everything", "nothing at all"))
+    ]
+    requests = [
+        GenerationRequest(
+            user(question), steering=steer(direction) if number % 2 else None, max_new_tokens=16 + number, temperature=float(number % 3 == 2)
+        )
+        for number, (question, direction) in enumerate(zip(questions, directions, strict=True))
+    ]
+    try:
+        alone = [engine.generate(request).result() for request in requests]
+        barrier = threading.Barrier(8)
+
+        def run(number):
+            barrier.wait()
+            generation = engine.generate(requests[number])
+            scores = engine.score(ScoreRequest(requests[number].messages, ("A", "B"), requests[number].steering))
+            return generation.result(120), scores.result(120)
+
+        with ThreadPoolExecutor(8) as pool:
+            results = list(pool.map(run, range(8)))
+        for by_itself, (generation, scores), request in zip(alone, results, requests, strict=True):
+            assert generation.text == by_itself.text
+            assert generation.completion_tokens == by_itself.completion_tokens
+            assert scores.probabilities == pytest.approx(
+                engine.score(ScoreRequest(request.messages, ("A", "B"), request.steering)).result().probabilities, rel=1e-3, abs=1e-6
+            )
+        assert max(generation.batch_rows for generation, _ in results) > 1
+    finally:
+        resources.close()

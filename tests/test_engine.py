@@ -372,11 +372,15 @@ def test_a_small_capacity_splits_the_batch_and_changes_no_text(opened, engines):
 
 
 def test_a_row_that_is_done_does_not_run_past_the_positions_that_the_model_has(opened):
-    engine = opened(tiny_model("gpt2", n_positions=64))
+    model = tiny_model("gpt2", n_positions=64)
+    engine = opened(model)
     requests = [ask("y" * 50, max_new_tokens=4), ask("bcdf", max_new_tokens=55)]
     expected = [engine.generate(request).result() for request in requests]
     assert [r.completion_tokens for r in expected] == [4, 55]  # together they would need 52 + 55 positions
-    assert [r.text for r in together(engine, *requests)] == [r.text for r in expected]
+    results = []
+    prompts = prompts_seen(model, lambda: results.extend(together(engine, *requests)))
+    assert [r.text for r in results] == [r.text for r in expected]
+    assert sorted(map(len, prompts)) == [4, 6, 52]  # each once, beside the text that holds the worker: nothing failed and was run again
 
 
 @pytest.mark.parametrize("architecture", KINDS)
@@ -443,8 +447,8 @@ def test_sampling_draws_from_the_softmax_at_its_temperature(opened):
         head.bias = torch.nn.Parameter(torch.full((VOCABULARY,), -1e4))
         head.weight.zero_()
         wanted = byte_tokenizer()("abc")["input_ids"]
-        head.bias[wanted] = torch.tensor([0.0, 0.3, 0.6])
-    expected = torch.softmax(torch.tensor([0.0, 0.3, 0.6]) / temperature, 0).numpy()
+        head.bias[wanted] = torch.tensor([0.0, 1.0, 2.0])
+    expected = torch.softmax(torch.tensor([0.0, 1.0, 2.0]) / temperature, 0).numpy()
     results = together(opened(model), *(ask("Why?", max_new_tokens=1, temperature=temperature, seed=seed) for seed in range(draws)))
     shares = np.array([sum(r.text == letter for r in results) / draws for letter in "abc"])
     assert shares.sum() == 1

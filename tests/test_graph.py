@@ -250,28 +250,32 @@ def test_without_strength_nothing_is_steered_and_the_comments_say_so(make_resour
 
 
 class Together(FakeEngine):
-    """Answers steered requests only when all of a step have arrived."""
+    """Answers steered requests only when all of a step have arrived, and fails them all if they do not."""
 
     def __init__(self, size):
         super().__init__()
-        self.size, self.waiting, self.lock = size, [], threading.Lock()
-        self.timer = threading.Timer(60, self.give_up)
-        self.timer.start()
+        self.size, self.waiting, self.lock, self.given_up = size, [], threading.Lock(), False
+        self.timer = threading.Timer(20, self.give_up)
 
     def generate(self, request):
         if request.steering is None:
             return super().generate(request)
         with self.lock:
+            if self.given_up:
+                raise AssertionError("a request came too late to be answered together with the others")
+            if not self.waiting:
+                self.timer.start()
             self.waiting.append((request, future := Future()))
             if len(self.waiting) == self.size:
-                self.timer.cancel()
                 for waiting, promised in self.waiting:
                     promised.set_result(super().generate(waiting).result())
         return future
 
     def give_up(self):
-        for _, future in self.waiting:
-            future.set_exception(AssertionError(f"only {len(self.waiting)} of {self.size} requests arrived at once"))
+        with self.lock:
+            self.given_up = True
+            for _, future in self.waiting:
+                future.set_exception(AssertionError(f"only {len(self.waiting)} of {self.size} requests arrived at once"))
 
 
 @both_ways

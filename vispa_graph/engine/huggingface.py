@@ -262,7 +262,9 @@ class HuggingFaceEngine:
             text = "\n\n".join(message["content"] for message in messages) + "\n\n"
             return self._tokenize(text)
         turns = [{"role": str(m["role"]), "content": m["content"]} for m in messages]
-        text = cast(str, self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        # A model that would think aloud first (Qwen3, SmolLM3) is told not to: neither a comment nor an option letter comes first otherwise.
+        # Templates that do not know the switch ignore it.
+        text = cast(str, self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False))
         return self._tokenize(text, add_special_tokens=False)
 
     def _tokenize(self, text: str, **options: Any) -> list[int]:

@@ -75,7 +75,7 @@ def load_directions(folder: Path, key: Mapping[str, Any]) -> dict[str, Direction
         if different:
             raise StoreError(f"The stored directions in {folder} belong to something else: {', '.join(different)} differ. {remedy}")
         tensors = load_file(folder / _TENSORS)
-        return {
+        directions = {
             value: Direction(
                 value=value,
                 method=key["method"],
@@ -86,13 +86,23 @@ def load_directions(folder: Path, key: Mapping[str, Any]) -> dict[str, Direction
                 accuracy=tensors[f"{value}.accuracy"],
             )
             for value, entry in manifest["values"].items()
-            if _finite(tensors[f"{value}.vectors"], folder, remedy)
         }
     except (OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
         raise StoreError(f"The stored directions in {folder} cannot be read ({type(error).__name__}). {remedy}") from error
+    if len(tensors) != 3 * len(directions):
+        raise StoreError(f"The stored directions in {folder} are not those that their manifest lists. {remedy}")
+    for direction in directions.values():
+        if problem := _problem(direction):
+            raise StoreError(f"The stored directions in {folder} {problem}. {remedy}")
+    return directions
 
 
-def _finite(vectors: np.ndarray, folder: Path, remedy: str) -> bool:
-    if not np.isfinite(vectors).all():
-        raise StoreError(f"The stored directions in {folder} hold numbers that are not finite. {remedy}")
-    return True
+def _problem(direction: Direction) -> str | None:
+    """What is wrong with a direction's numbers, if anything."""
+    arrays = (direction.vectors, direction.bias, direction.accuracy)
+    if not all(np.isfinite(array).all() for array in (*arrays, direction.alpha)):
+        return "hold numbers that are not finite"
+    layers = (len(direction.layers),)
+    if direction.vectors.ndim != 2 or direction.vectors.shape[:1] != layers or direction.bias.shape != layers or direction.accuracy.shape != layers:
+        return "have other shapes than their layers ask for"
+    return None

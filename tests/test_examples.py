@@ -1,0 +1,150 @@
+"""The examples run offline as they stand, and the README says nothing the package does not take."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vispa_graph import Settings
+from vispa_graph.cli import main as vispa
+from vispa_graph.state import Input, Output
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NUMBER = r"\d+\.\d+"
+
+# Put on the path as sitecustomize: the process notes every attempt to leave the machine, and gets nowhere.
+NO_NETWORK = """
+import os, socket
+
+def refuse(*arguments, **options):
+    open(os.environ["NETWORK_LOG"], "a").write(repr(arguments) + "\\n")
+    raise OSError("there is no network")
+
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+"""
+
+
+@pytest.fixture
+def run(cache, tmp_path):
+    """Runs Python offline with the package on its path and gives back what it printed."""
+
+    def run(*arguments: str) -> str:
+        (tmp_path / "sitecustomize.py").write_text(NO_NETWORK)
+        log = tmp_path / "network"
+        hidden = {"LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2", "COLUMNS", "FORCE_COLOR"}
+        environment = {name: value for name, value in os.environ.items() if name not in hidden}
+        environment |= {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "NETWORK_LOG": str(log), "VISPA_CACHE": str(cache)}
+        done = subprocess.run([sys.executable, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert not log.exists(), log.read_text()
+        return done.stdout
+
+    return run
+
+
+def section(text: str, start: str, stop: str) -> str:
+    """What stands between two headings."""
+    return text[text.index(start) : text.index(stop)]
+
+
+@pytest.mark.slow
+def test_the_demo_shows_the_three_modes_with_values_comments_answer_and_time(run):
+    printed = run(str(ROOT / "examples" / "demo.py"))
+    assert printed.startswith("Loading")
+    assert re.search(rf"Loaded in {NUMBER} s", printed)
+    modes = {
+        "overton": section(printed, "Overton:", "Steerable:"),
+        "steerable": section(printed, "Steerable:", "Distributional:"),
+        "distributional": printed[printed.index("Distributional:") :],
+    }
+    for mode, shown in modes.items():
+        parts = [shown.index(title) for title in ("Value heard", "Comments, in short", "Answer")]
+        assert parts == sorted(parts)
+        assert len(re.findall(r"│ (0\.\d\d|1\.00) ", shown)) == Settings().top_k
+        assert re.search(rf"^{mode}: {NUMBER} s$", shown, re.MULTILINE)
+    assert "the attribute asked for" in modes["steerable"]
+    assert "It rests on the comment from self-direction" in modes["steerable"]
+    bars = re.findall(r"^(Yes|No|It depends) .*?(\d+)%$", modes["distributional"], re.MULTILINE)
+    assert [option for option, _ in bars] == ["Yes", "No", "It depends"]
+    assert sum(int(share) for _, share in bars) == pytest.approx(100, abs=1)
+    assert "tiny" in printed
+    assert "--model" in printed
+
+
+@pytest.mark.slow
+def test_the_script_prints_a_json_line_for_every_question_also_for_one_that_fails(run):
+    lines = [json.loads(line) for line in run(str(ROOT / "examples" / "script.py")).splitlines()]
+    assert [line.get("mode") for line in lines] == ["overton", "overton", "steerable", "distributional", None]
+    for line in lines[:-1]:
+        assert len(line["values"]) == 4
+        assert set(line["comments"]) == set(line["values"])
+        assert line["response"]
+    assert set(lines[2]["values"]) >= {"fairness"}
+    assert sum(lines[3]["distribution"].values()) == pytest.approx(1)
+    assert lines[4]["error"] == "OptionsError"
+
+
+@pytest.mark.slow
+def test_the_agent_is_told_what_was_wrong_with_its_call_then_gets_answer_and_artifact(run):
+    turns = re.split(r"^--- ", run(str(ROOT / "examples" / "agent_tool.py")), flags=re.MULTILINE)[1:]
+    assert [turn.split()[0] for turn in turns] == ["human", "ai", "tool", "ai", "tool", "ai"]
+    assert "options" in turns[2]
+    assert "artifact" not in turns[2]
+    assert "Values heard: " in turns[4]
+    assert f"artifact: {', '.join(sorted(Output.__annotations__))}" in turns[4]
+
+
+@pytest.mark.slow
+def test_a_host_with_prompts_and_nodes_of_its_own_embeds_the_graph_as_a_node(run):
+    host = ROOT / "examples" / "host_app"
+    lines = run(str(host / "main.py")).splitlines()
+    assert lines[:3] == [
+        f"prompts from {host / 'prompts' / '__init__.py'}",
+        f"nodes from {host / 'nodes' / '__init__.py'}",
+        f"vispa_graph from {ROOT / 'vispa_graph' / '__init__.py'}",
+    ]
+    steps = [line.strip() for line in lines if line.startswith(("host: ", "  inside plural: "))]
+    inner = ["retrieve", "rerank", *["steer"] * Settings().top_k, "overton"]
+    assert steps == ["host: triage", *[f"inside plural: {step}" for step in inner], "host: plural", "host: reply"]
+    assert lines[-1].startswith("(Values heard: ")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    found = [re.sub(r"^(\w+=\S+ )+| < \S+$", "", line) for line in lines]  # without variables before, or a redirection behind
+    return [line for line in found if line.startswith("vispa ")]
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_that_needs_no_download_runs_as_it_stands(run, tmp_path):
+    runnable = [block for block in blocks("python") if "Qwen" not in block]
+    assert len(runnable) >= 4
+    (tmp_path / "my_values").mkdir()
+    (tmp_path / "my_values" / "patience.yaml").write_text((ROOT / "tests" / "data" / "values" / "patience.yaml").read_text())
+    (tmp_path / "readme.py").write_text("\n".join(runnable))
+    run(str(tmp_path / "readme.py"))
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_of_the_readme_is_one_that_the_command_line_takes(line):
+    name, *arguments = shlex.split(line, comments=True)[1:]
+    vispa.commands[name].make_context(name, arguments)  # raises a usage error for an unknown option or a bad value
+
+
+def test_the_readme_names_every_command_setting_input_and_output():
+    shown = set(re.findall(r"`([a-z_]+)`", README))
+    assert {line.split()[1] for line in commands()} == set(vispa.commands)
+    assert set(Settings.model_fields) <= shown
+    assert set(Input.__annotations__) | set(Output.__annotations__) <= shown

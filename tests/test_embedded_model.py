@@ -60,7 +60,9 @@ def test_at_least_6_in_10_steered_comments_are_closer_to_their_value_than_the_un
 
 def test_comments_of_different_values_on_one_question_differ(resources, questions):
     for question in questions[:5]:
-        texts = [ask(resources, question, value).result().text for value in ("self-direction", "security", "tradition", "benevolence", "justice", "karma")]
+        texts = [
+            ask(resources, question, value).result().text for value in ("self-direction", "security", "tradition", "benevolence", "justice", "karma")
+        ]
         assert len(set(texts)) == len(texts)
 
 

@@ -397,26 +397,50 @@ def test_each_row_has_its_own_limit_of_new_tokens(architecture, opened):
     assert all(longest.startswith(r.text.rstrip("\N{REPLACEMENT CHARACTER}")) for r in results)
 
 
-def test_one_requests_failure_is_not_its_neighbours(opened):
+def test_a_magnitude_that_overflows_fails_only_its_own_request(opened):
     engine = opened(tiny_model())
-    pieces = []
-
-    def fails(_piece):
-        raise ValueError("a listener that breaks its promise")
-
-    healthy = ask(PROMPT, max_new_tokens=6, on_token=pieces.append)
-    expected = engine.generate(ask(PROMPT, max_new_tokens=6)).result().text
+    healthy = ask(PROMPT, max_new_tokens=6)
+    expected = engine.generate(healthy).result().text
     with worker_held(engine):
         first = engine.generate(healthy)
-        broken = engine.generate(ask("Why?", max_new_tokens=6, on_token=fails))
         huge = engine.generate(ask("Why?", max_new_tokens=6, steering=steer(random_direction([1], method="pca"), strength=1e39)))
-        last = engine.generate(ask(PROMPT, max_new_tokens=6))
+        last = engine.generate(healthy)
     assert first.result(60).text == last.result(60).text == expected
-    assert "".join(pieces) == expected
+    with pytest.raises(NonFiniteError, match="layer 1"):
+        huge.result(60)
+
+
+def test_a_listener_that_raises_fails_only_its_own_request_and_nobody_hears_a_piece_twice(opened):
+    engine = opened(reciting_model("maybe so"))
+    pieces = []
+
+    def fails(piece):
+        if piece == "y":
+            raise ValueError("a listener that breaks its promise")
+
+    with worker_held(engine):
+        healthy = engine.generate(ask(PROMPT, max_new_tokens=20, on_token=pieces.append))
+        broken = engine.generate(ask("Why?", max_new_tokens=20, on_token=fails))
+    assert healthy.result(60).text == "".join(pieces) == "maybe so"
     with pytest.raises(ValueError, match="promise"):
         broken.result(60)
-    with pytest.raises(NonFiniteError):
-        huge.result(60)
+
+
+def test_a_batch_ends_with_its_last_row_even_if_the_others_would_never_stop(opened):
+    model = reciting_model("oka")
+    embeddings = model.model.embed_tokens.weight.detach().numpy()
+    insisting = Direction("value", "pca", (1,), 1e3 * embeddings[byte_tokenizer()("o")["input_ids"]], np.zeros(1, np.float32), 1.0, np.ones(1))
+    engine = opened(model)
+    results = []
+    requests = [ask(PROMPT, max_new_tokens=40), ask(PROMPT, steering=steer(insisting), max_new_tokens=2)]
+
+    def run():
+        results.extend(together(engine, *requests))
+        engine.close()  # waits for the batch: a row's result comes when that row is done
+
+    passes = recorded_logits(model, run)
+    assert [(r.text, r.finish) for r in results] == [("oka", "stop"), ("kk", "length")]
+    assert len(passes) == 1 + len("oka") + 1  # the one that holds the worker, and one for each token with the end
 
 
 def test_a_letter_that_cannot_be_scored_fails_only_its_own_request(opened):

@@ -18,7 +18,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from the sdist of a copy of the tree, without build isolation: nothing is fetched."""
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "copy"
-    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     for name in tracked:
         source, target = ROOT / name, copy / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -215,9 +215,10 @@ class Grammar:
         return [Segment("text", prefix, TEXT), self.question(situation, value), Segment("assistant", self.comment(value, situation), COMMENT)]
 
     def value_in_question(self) -> list[Segment]:
-        """A sentence of the value inside the user's turn, then a comment from that value."""
+        """Sentences of the value inside the user's turn, then a comment from that value."""
         value, situation = self.value(), self.situation()
-        question = Segment("user", f"{self.value_sentence(value)} {self.question(situation).text}", QUESTION)
+        sentences = " ".join(self.value_sentence(value) for _ in range(self.random.choice((1, 1, 2, 4))))
+        question = Segment("user", f"{sentences} {self.question(situation).text}", QUESTION)
         return [question, Segment("assistant", self.comment(value, situation), COMMENT)]
 
     def named_value(self) -> list[Segment]:

@@ -112,6 +112,17 @@ def optimizers(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Optimiz
     ]
 
 
+def draw_nudges(nudges: list[torch.Tensor], largest: float) -> None:
+    """Fill [rows, 1, width] per block, in place, with random constants, so that the model learns to stay fluent while it is pushed.
+
+    Half of the rows stay as they are; the others get vectors of random direction and a norm of up to `largest`.
+    """
+    for nudge in nudges:
+        noise = torch.randn_like(nudge)
+        size = torch.rand(nudge.shape[0], 1, 1) * largest * (torch.rand(nudge.shape[0], 1, 1) < 0.5)
+        nudge.copy_(noise / noise.norm(dim=-1, keepdim=True) * size)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -122,6 +133,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--rate", type=float, default=5e-3)
+    parser.add_argument("--nudge", type=float, default=0.0, help="largest norm of the random vectors added to the middle blocks")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out (its generator starts anew)")
@@ -150,6 +162,9 @@ def main() -> None:
     if start:
         model.load_state_dict(load_file(state), strict=False)
         model.tie_weights()
+    nudges = [torch.zeros(args.rows, 1, args.width) for _ in range(args.blocks)]
+    for block, nudge in list(zip(model.model.layers, nudges, strict=True))[1:-1]:
+        block.register_forward_hook(lambda _module, _inputs, output, nudge=nudge: output + nudge)
     body = torch.compile(model.model)
     optimisers = optimizers(model, args.rate)
     source = batches(Grammar(taxonomy, args.seed + 1 + start), tokenizer, args.rows, args.length)
@@ -160,6 +175,7 @@ def main() -> None:
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = args.rate * warm * max(left, 0.02)
+        draw_nudges(nudges, args.nudge)
         hidden = body(input_ids=batch["input_ids"], attention_mask=batch["mask"], position_ids=batch["positions"], use_cache=False).last_hidden_state
         targets, weights = batch["input_ids"][:, 1:], batch["weights"][:, 1:]
         counted = weights > 0

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vispa_graph.engine.directions import FitSettings
 
 T = TypeVar("T")
+_EMBEDDED_NAME = "vispa-embedded"
 Progress = Callable[[str, int, int], None]
 
 
@@ -186,7 +187,7 @@ class Resources:
             return cast(T, self._made[name])
 
     def _read_profile(self) -> Profile:
-        if self.settings.model != EMBEDDED or not self._owns_engine:
+        if self.settings.model != EMBEDDED or not (self._owns_engine or self.engine.name == _EMBEDDED_NAME):
             return Profile()
         data = json.loads((embedded_folder() / "profile.json").read_text(encoding="utf-8"))
         if data.get("layers") is not None:
@@ -199,7 +200,7 @@ class Resources:
         s = self.settings
         return HuggingFaceEngine.load(
             str(embedded_folder()) if s.model == EMBEDDED else s.model,
-            name="vispa-embedded" if s.model == EMBEDDED else s.model,
+            name=_EMBEDDED_NAME if s.model == EMBEDDED else s.model,
             device=s.device,
             dtype=s.dtype,
             device_map=s.device_map,

@@ -19,6 +19,10 @@ Array = npt.NDArray[np.float64]
 DEFAULT_ALPHA: dict[Method, float] = {"probe": 1.0, "mean_difference": 0.5, "pca": 1.0}
 
 
+# How many sentences of one side a chat reading holds.
+_READ_TOGETHER = 4
+
+
 @dataclass(frozen=True)
 class FitSettings:
     """How directions are fitted.
@@ -28,8 +32,8 @@ class FitSettings:
         layers: Zero-based blocks, ascending.
         contrast: `opposed` sets the positive twins against the negative ones, as the paper does; `opposed+others` adds the positive
             twins of all other values to the negatives, each class weighing the same. `pca` always uses the opposed twins.
-        reading: `raw` reads the bare sentence at its last token, as the paper does; `chat` puts it before a situation in a user's turn
-            and reads at the assistant's header.
+        reading: `raw` reads the bare sentence at its last token, as the paper does; `chat` puts it, with three others of its side,
+            before a situation in a user's turn and reads at the assistant's header.
         regularisation: C of the logistic regression, on raw features; 1 is scikit-learn's default and the paper's.
     """
 
@@ -139,12 +143,18 @@ def first_component(positives: Array, negatives: Array) -> Array:
 
 
 def _as_chat(sentences: Sequence[str], spans: dict[str, slice]) -> list[str | Sequence[Message]]:
-    """Each sentence before a situation, inside a user's turn; twins get the same situation."""
+    """Each sentence, with three more of its side, before a situation, inside a user's turn; twins get the same situation.
+
+    A small model does not tell a value from one sentence, but from several that have nothing else in common.
+    """
     situations = (resources.files("vispa_graph.prompts") / "reading_situations.txt").read_text(encoding="utf-8").splitlines()
     conversations: list[str | Sequence[Message]] = []
     for span in spans.values():
         half = (span.stop - span.start) // 2
-        for offset, sentence in enumerate(sentences[span]):
-            request = load_prompt("comment").render(text=situations[offset % half % len(situations)])
-            conversations.append([{"role": "user", "content": f"{sentence} {request}"}])
+        for side in (sentences[span][:half], sentences[span][half:]):
+            for pair in range(half):
+                # Strides that are prime to most numbers of pairs, so that the four differ in form.
+                read = " ".join(side[(pair * 17 + place * 13) % half] for place in range(_READ_TOGETHER))
+                request = load_prompt("comment").render(text=situations[pair % len(situations)])
+                conversations.append([{"role": "user", "content": f"{read} {request}"}])
     return conversations

@@ -431,9 +431,9 @@ class _Row:
         # A character may span several tokens: wait for the rest of it, unless there is no more.
         if self.done or not text.endswith("\N{REPLACEMENT CHARACTER}"):
             self.text = text
-            streamed, self.job.payload.streamed = self.job.payload.streamed, max(self.job.payload.streamed, len(text))
-            if self.request.on_token and len(text) > streamed:
-                self.request.on_token(text[streamed:])
+            if self.request.on_token and len(text) > self.job.payload.streamed:
+                self.request.on_token(text[self.job.payload.streamed :])
+                self.job.payload.streamed = len(text)
 
 
 class _Rows(BaseStreamer):

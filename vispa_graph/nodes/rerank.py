@@ -28,8 +28,7 @@ def rerank(state: State, config: RunnableConfig, *, resources: Resources) -> dic
         from vispa_graph.taxonomy_index.retriever import ValueReranker
 
         candidates = [
-            Document(page_content=c["text"], metadata={k: c[k] for k in ("kind", "source", "values", "score")})
-            for c in state["candidates"]
+            Document(page_content=c["text"], metadata={k: c[k] for k in ("kind", "source", "values", "score")}) for c in state["candidates"]
         ]
         reranker = ValueReranker(index=resources.index, k=resources.settings.top_k)
         documents = reranker.invoke(state["query"], config, candidates=candidates)

@@ -12,7 +12,7 @@ from langgraph.config import get_stream_writer
 from vispa_graph.chat_model import SteeredChatModel
 from vispa_graph.engine.contract import Steering
 from vispa_graph.resources import Resources
-from vispa_graph.state import Comment, SteerTask, SteeringFacts
+from vispa_graph.state import Comment, SteeringFacts, SteerTask
 
 
 def steer(task: SteerTask, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
@@ -66,7 +66,9 @@ def _finish(task: SteerTask, model: SteeredChatModel, message: AIMessage, resour
     get_stream_writer()({"step": "comment", "value": value.id, "tokens": comment["tokens"]})
     notes = []
     if facts["cut_tokens"]:
-        notes.append(f"The text was too long for the model's context: {facts['cut_tokens']} tokens in its middle were left out of the comment from {value.name}.")
+        notes.append(
+            f"The text was too long for the model's context: {facts['cut_tokens']} tokens in its middle were left out of the comment from {value.name}."
+        )
     if not comment["text"]:
         notes.append(f"The model had nothing to say from {value.name}.")
     return {"comments": [comment], "notes": notes}

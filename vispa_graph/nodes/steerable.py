@@ -55,11 +55,9 @@ def _choose(state: State, comments: list[Comment], config: RunnableConfig, resou
     attribute = read_attribute(asked)
     nearest = nearest_comment(attribute.text, comments, resources.taxonomy, resources.encoder)
     if resources.composes:
-        note = "The attribute is not a value of the taxonomy: the answer is the comment whose value and text are nearest to it."
+        note = "No comment was made from the attribute itself: the answer is the comment whose value and text are nearest to it."
         return nearest, "nearest to the attribute by sentence embedding", [note]
-    prompt = load_prompt("steerable_choose").render(
-        query=fence(state["query"]), passages=number_passages(comments), attribute=fence(attribute.text)
-    )
+    prompt = load_prompt("steerable_choose").render(query=fence(state["query"]), passages=number_passages(comments), attribute=fence(attribute.text))
     answer = resources.summariser.invoke([HumanMessage(prompt)], {**config, "run_name": "choose"}).text
     numbers = {int(n) for n in re.findall(r"\d{1,3}", answer)} & set(range(1, len(comments) + 1))
     if len(numbers) == 1:

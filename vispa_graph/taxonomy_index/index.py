@@ -56,7 +56,7 @@ def phrases_of(taxonomy: Taxonomy) -> list[Phrase]:
         phrases.append(Phrase(value.definition, "definition", value.id, {value.id: 1.0}))
         phrases += [Phrase(facet, "facet", value.id, {value.id: 1.0}) for facet in value.facets]
     for concern in taxonomy.concerns:
-        weights = {value: RELEVANT for value in concern.relevant} | {value: CENTRAL for value in concern.central}
+        weights = dict.fromkeys(concern.relevant, RELEVANT) | dict.fromkeys(concern.central, CENTRAL)
         phrases += [Phrase(phrasing, "concern", concern.id, weights) for phrasing in concern.phrasings]
     return phrases
 

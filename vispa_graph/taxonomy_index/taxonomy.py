@@ -185,17 +185,14 @@ class Taxonomy:
         chosen = [self[value_id] for value_id in ids]
         kept = {value.id for value in chosen}
         concerns = [
-            replace(c, central=tuple(v for v in c.central if v in kept), relevant=tuple(v for v in c.relevant if v in kept))
-            for c in self.concerns
+            replace(c, central=tuple(v for v in c.central if v in kept), relevant=tuple(v for v in c.relevant if v in kept)) for c in self.concerns
         ]
         return Taxonomy(chosen, [c for c in concerns if c.central or c.relevant])
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over everything that selection and steering depend on, as 64 hex digits."""
-        content: list[Any] = [
-            [v.id, v.name, v.definition, v.facets, v.alpha, [[p.positive, p.negative] for p in v.all_pairs]] for v in self
-        ]
+        content: list[Any] = [[v.id, v.name, v.definition, v.facets, v.alpha, [[p.positive, p.negative] for p in v.all_pairs]] for v in self]
         content.append([[c.id, c.phrasings, c.central, c.relevant] for c in self.concerns])
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
@@ -256,7 +253,9 @@ def read_value(path: Path) -> Value:
 def _pairs(path: Path, node: yaml.Node, pairs: Any, lines: Mapping[str, int]) -> dict[Form, tuple[Pair, ...]]:
     at = f"{path}:{lines.get('pairs', 1)}"
     if not isinstance(pairs, dict) or not any(pairs.values()):
-        raise TaxonomyError(f"{at}: 'pairs' must hold contrastive pairs under at least one of: {', '.join(FORMS)}. Without them the value cannot be steered to.")
+        raise TaxonomyError(
+            f"{at}: 'pairs' must hold contrastive pairs under at least one of: {', '.join(FORMS)}. Without them the value cannot be steered to."
+        )
     rows = _pair_lines(node)
     checked: dict[Form, tuple[Pair, ...]] = {}
     for form, entries in pairs.items():

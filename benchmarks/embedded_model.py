@@ -10,6 +10,7 @@ import argparse
 import random
 import re
 import time
+from collections import Counter
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -34,8 +35,8 @@ def broken(text: str, words: set[str]) -> bool:
     tokens = re.findall(r"[a-z']+", text.lower())
     if len(tokens) < 5 or any(a == b for a, b in pairwise(tokens)):
         return True
-    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
-    return len(set(grams)) < len(grams) or any(token not in words for token in tokens)
+    grams = Counter(tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3))
+    return max(grams.values(), default=0) > 2 or any(token not in words for token in tokens)
 
 
 def vocabulary(grammar: Grammar) -> set[str]:

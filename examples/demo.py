@@ -23,7 +23,7 @@ ASKED: dict[str, Input] = {
 }
 HONEST = (
     "The texts above were written by a language model that is tiny, so that it fits into the installation: they show how the pipeline "
-    'works, not what it can say. For a real model: vispa ask --model Qwen/Qwen3-4B "...", or Settings(model="Qwen/Qwen3-4B").'
+    'works, not what it can say; its probabilities are near chance. For a real model: vispa ask --model Qwen/Qwen3-4B "...", or Settings(model="Qwen/Qwen3-4B").'
 )
 
 

@@ -282,19 +282,23 @@ def test_progress_rises_from_step_to_step_and_ends_at_the_total(values):
     assert steps[-1][0] == steps[-1][1]
 
 
-def test_read_as_chat_a_sentence_stands_before_a_situation_and_twins_share_theirs(values):
+def test_read_as_chat_four_sentences_of_one_side_stand_before_a_situation_that_twins_share(values):
     engine, heard = FakeEngine(), []
     read = engine.read
     engine.read = lambda texts, progress=None: heard.extend(texts) or read(texts, progress)
     fit_directions(engine, values, FitSettings("mean_difference", LAYERS, reading="chat"))
-    template = load_prompt("comment").render(text="")
-    rests = {}
+    template = load_prompt("comment").render(text="").strip()
+    situations = {}
     for sentence, conversation in zip(sentences(values), heard, strict=True):
         assert [turn["role"] for turn in conversation] == ["user"]
-        assert conversation[0]["content"].startswith(f"{sentence} {template.strip()}")
-        rests[sentence] = conversation[0]["content"].removeprefix(sentence)
-    assert all(rests[sentence] == rests[sentence.replace(" + ", " - ")] for sentence in rests)
-    assert len(set(rests.values())) > 1
+        read, situation = conversation[0]["content"].split(template)
+        assert read.startswith(f"{sentence} ")
+        side, other = (" + ", " - ") if " + " in sentence else (" - ", " + ")
+        assert read.count(side) == 4
+        assert other not in read
+        situations[sentence] = situation
+    assert all(situations[sentence] == situations[sentence.replace(" + ", " - ")] for sentence in situations)
+    assert len(set(situations.values())) > 1
 
 
 def test_directions_fitted_on_a_model_tell_its_own_sentences_apart(taxonomy):

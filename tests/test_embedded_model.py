@@ -19,8 +19,13 @@ PAIRS = 60
 
 
 @pytest.fixture(scope="module")
-def resources(cache):
-    made = Resources(Settings(cache=cache))
+def own_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("embedded")
+
+
+@pytest.fixture(scope="module")
+def resources(own_cache):
+    made = Resources(Settings(cache=own_cache))
     yield made
     made.close()
 
@@ -40,9 +45,9 @@ def test_it_is_at_most_25_megabytes():
     assert sum(path.stat().st_size for path in embedded_folder().rglob("*") if path.is_file()) <= 25_000_000
 
 
-def test_its_shipped_directions_belong_to_the_shipped_weights_and_values(resources, cache):
+def test_its_shipped_directions_belong_to_the_shipped_weights_and_values(resources, own_cache):
     assert set(resources.directions) == set(resources.taxonomy.ids)
-    assert not (cache / "directions").exists(), "the directions were fitted again: run python -m training.install"
+    assert not (own_cache / "directions").exists(), "the directions were fitted again: run python -m training.install"
 
 
 def test_at_least_6_in_10_steered_comments_are_closer_to_their_value_than_the_unsteered_one(resources, questions, encoder):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import threading
+
+# Two models may load at once; whoever came second must not take the first one's silence for the host's own setting.
+_LOCK = threading.RLock()
 
 
 class quiet:
-    """Context in which transformers and the hub's client show neither progress bars nor warnings."""
+    """Context in which transformers and the hub's client show neither progress bars nor warnings. One thread at a time."""
 
     def __enter__(self) -> None:
+        _LOCK.acquire()
         from transformers.utils import logging as transformers_logging  # costs half a second; only here
 
         self._transformers = transformers_logging
@@ -20,7 +25,10 @@ class quiet:
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *_: object) -> None:
-        for logger, level in zip(self._loggers, self._levels, strict=True):
-            logger.setLevel(level)
-        if self._bars:
-            self._transformers.enable_progress_bar()  # type: ignore[no-untyped-call]
+        try:
+            for logger, level in zip(self._loggers, self._levels, strict=True):
+                logger.setLevel(level)
+            if self._bars:
+                self._transformers.enable_progress_bar()  # type: ignore[no-untyped-call]
+        finally:
+            _LOCK.release()

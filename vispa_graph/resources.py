@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from vispa_graph.engine.contract import Contrast, Direction, Engine, Method, Reading, Steering
-from vispa_graph.errors import SelectionSizeError
 from vispa_graph.settings import EMBEDDED, Settings
 from vispa_graph.taxonomy_index import Encoder, SentenceEncoder, Taxonomy, TaxonomyIndex
 
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
     from vispa_graph.engine.directions import FitSettings
 
 T = TypeVar("T")
+# Room for an aggregated answer, as in the paper.
+_SUMMARY_TOKENS = 300
 _EMBEDDED_NAME = "vispa-embedded"
 Progress = Callable[[str, int, int], None]
 
@@ -55,9 +56,6 @@ class Resources:
         taxonomy: Likewise a taxonomy.
         main_llm: The chat model that aggregates; None for the local model, unsteered.
         progress: Called with (what, done, total) while directions are fitted.
-
-    Raises:
-        SelectionSizeError: More values are to be heard than the taxonomy holds.
     """
 
     def __init__(
@@ -80,10 +78,6 @@ class Resources:
             self._made["engine"] = engine
         self.encoder: Encoder = encoder or SentenceEncoder(settings.encoder)
         self.taxonomy = taxonomy or Taxonomy.load(*settings.values, shipped=settings.shipped_values)
-        if settings.top_k > len(self.taxonomy):
-            raise SelectionSizeError(
-                f"top_k is {settings.top_k}, but the taxonomy holds {len(self.taxonomy)} values. Choose 1 to {len(self.taxonomy)}."
-            )
 
     @property
     def profile(self) -> Profile:
@@ -120,7 +114,10 @@ class Resources:
     @property
     def summariser(self) -> BaseChatModel:
         """The main language model: the caller's, or the local one unsteered."""
-        return self.main_llm or self.chat_model
+        if self.main_llm is not None:
+            return self.main_llm
+        local = self.chat_model
+        return local.model_copy(update={"max_new_tokens": max(_SUMMARY_TOKENS, local.max_new_tokens)})
 
     def steering(self, value: str) -> Steering | None:
         """The steering toward a value; None where the strength is 0.

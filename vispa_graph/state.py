@@ -151,7 +151,10 @@ def check_input(data: Mapping[str, Any]) -> Door:
     options = _texts(data, "options")
     if options is not None:
         options = check_options(options)
-    values = _texts(data, "values")
+    # A host that keeps its state hands back the values of our last answer under the same key: they were not asked for.
+    earlier = data.get("values")
+    answered = isinstance(earlier, list) and bool(earlier) and all(isinstance(value, Mapping) and "reason" in value for value in earlier)
+    values = None if answered else _texts(data, "values")
     if values is not None and not values:
         raise InputError("The list of values is empty. Name at least one value, or leave the list out to have them selected.")
     return Door(
@@ -212,7 +215,7 @@ def _text(data: Mapping[str, Any], key: str) -> str | None:
         return None
     if not isinstance(value, str):
         raise InputError(f"{key!r} must be text, not {type(value).__name__}.")
-    return value.strip() or None
+    return _encodable(value, key).strip() or None
 
 
 def _texts(data: Mapping[str, Any], key: str) -> list[str] | None:
@@ -221,7 +224,16 @@ def _texts(data: Mapping[str, Any], key: str) -> list[str] | None:
         return None
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(entry, str) for entry in value):
         raise InputError(f"{key!r} must be a list of texts.")
-    return list(value)
+    return [_encodable(entry, key) for entry in value]
+
+
+def _encodable(text: str, key: str) -> str:
+    """The text, unless it holds half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{key!r} is not valid Unicode text: it holds a lone surrogate. Decode it as UTF-8 first.") from None
+    return text
 
 
 def _misspelt(data: Mapping[str, Any]) -> list[str]:

@@ -66,6 +66,8 @@ def as_tool(graph: PluralGraph, *, name: str = "plural_answer", description: str
 
 
 def _result(output: Any) -> tuple[str, dict[str, Any]]:
+    if "__interrupt__" in output:
+        raise ToolException("The run has stopped for a person to review the values. It goes on where the graph is resumed.")
     found: Output = output
     heard = ", ".join(value["name"] for value in found["values"])
     notes = "".join(f"\nNote: {note}" for note in found["notes"])

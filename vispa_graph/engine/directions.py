@@ -153,8 +153,8 @@ def _as_chat(sentences: Sequence[str], spans: dict[str, slice]) -> list[str | Se
         half = (span.stop - span.start) // 2
         for side in (sentences[span][:half], sentences[span][half:]):
             for pair in range(half):
-                # Strides that are prime to most numbers of pairs, so that the four differ in form.
-                read = " ".join(side[(pair * 17 + place * 13) % half] for place in range(_READ_TOGETHER))
+                # A quarter of the pairs apart, so that the four differ, also in form.
+                read = " ".join(side[(pair + place * max(1, half // _READ_TOGETHER)) % half] for place in range(_READ_TOGETHER))
                 request = load_prompt("comment").render(text=situations[pair % len(situations)])
                 conversations.append([{"role": "user", "content": f"{read} {request}"}])
     return conversations

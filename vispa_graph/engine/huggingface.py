@@ -259,13 +259,20 @@ class HuggingFaceEngine:
 
     def _chat_tokens(self, messages: Sequence[Message]) -> list[int]:
         if self._tokenizer.chat_template is None:
-            text = "\n\n".join(message["content"] for message in messages) + "\n\n"
+            text = "\n\n".join(self._as_data(message["content"]) for message in messages) + "\n\n"
             return self._tokenize(text)
-        turns = [{"role": str(m["role"]), "content": m["content"]} for m in messages]
+        turns = [{"role": str(m["role"]), "content": self._as_data(m["content"])} for m in messages]
         # A model that would think aloud first (Qwen3, SmolLM3) is told not to: neither a comment nor an option letter comes first otherwise.
         # Templates that do not know the switch ignore it.
         text = cast(str, self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False))
         return self._tokenize(text, add_special_tokens=False)
+
+    def _as_data(self, text: str) -> str:
+        """The text with the tokenizer's special tokens broken by an invisible space, so that no text can end its own turn."""
+        special = {t.content for t in self._tokenizer.added_tokens_decoder.values() if t.special} | set(self._tokenizer.all_special_tokens)
+        for token in sorted((t for t in special if len(t) > 1), key=len, reverse=True):
+            text = text.replace(token, f"{token[0]}\N{ZERO WIDTH SPACE}{token[1:]}")
+        return text
 
     def _tokenize(self, text: str, **options: Any) -> list[int]:
         """Token ids. One thread at a time: truncation is a state of the tokenizer, and would cut another thread's prompt too."""
@@ -280,14 +287,15 @@ class HuggingFaceEngine:
             for group in self._fitting(jobs):
                 try:
                     run(group)
+                    left: list[Job[_Work]] = []
                 except Exception as error:
-                    if len(group) == 1:
-                        group[0].future.set_exception(error)
-                        continue
-                    # One request's failure must not become its neighbours': those still open run by themselves.
-                    for job in group:
-                        if not job.future.done():
-                            self._run([job])
+                    left = [job for job in group if not job.future.done()]
+                    if len(group) == 1 and left:
+                        left.pop().future.set_exception(error)
+                # One request's failure must not become its neighbours': those still open run by themselves, once the failed batch's
+                # memory is free.
+                for job in left:
+                    self._run([job])
 
     def _fitting(self, jobs: Sequence[Job[_Work]]) -> list[list[Job[_Work]]]:
         """The jobs in groups whose longest prompt and longest answer fit the context together: a row that is done goes on counting positions."""
@@ -337,7 +345,7 @@ class HuggingFaceEngine:
         with self._hooks.steering(plan):
             output = self._forward(jobs, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
         logits = output.logits[0].float().cpu()  # [rows, vocabulary]
-        if not torch.isfinite(logits).all(dim=-1).any():
+        if torch.isnan(logits).any():
             raise NonFiniteError("The model's logits are not finite. Try dtype float32 or bfloat16, or a smaller strength.")
         for row, (job, request) in enumerate(zip(jobs, requests, strict=True)):
             probabilities = logits[row].double().softmax(-1)

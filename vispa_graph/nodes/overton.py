@@ -9,7 +9,7 @@ from langchain_core.runnables import RunnableConfig
 
 from vispa_graph.composing import attribute_sentences, telling_sentences
 from vispa_graph.errors import AggregationError
-from vispa_graph.passages import number_passages
+from vispa_graph.passages import incomplete, number_passages
 from vispa_graph.prompts import fence, load_prompt
 from vispa_graph.resources import Resources
 from vispa_graph.state import State
@@ -34,8 +34,5 @@ def overton(state: State, config: RunnableConfig, *, resources: Resources) -> di
     response = message.text.strip()
     if not response:
         raise AggregationError("The main language model returned an empty summary. Try another one, or aggregation='compose'.")
-    notes = [_CUT] if message.response_metadata.get("cut_tokens") else []
-    return {"response": response, "attribution": attribute_sentences(response, comments, resources.encoder), "notes": notes}
-
-
-_CUT = "The comments were too long for the main language model's context: the middle of its prompt was left out."
+    attribution = attribute_sentences(response, comments, resources.encoder)
+    return {"response": response, "attribution": attribution, "notes": incomplete(message, "summary")}

@@ -12,7 +12,7 @@ from vispa_graph.attributes import read_attribute
 from vispa_graph.composing import attribute_sentences, nearest_comment, split_sentences
 from vispa_graph.errors import AggregationError
 from vispa_graph.nodes.distributional import in_words, option_distribution
-from vispa_graph.passages import number_passages
+from vispa_graph.passages import incomplete, number_passages
 from vispa_graph.prompts import fence, load_prompt
 from vispa_graph.resources import Resources
 from vispa_graph.state import Comment, State
@@ -38,7 +38,9 @@ def steerable(state: State, config: RunnableConfig, *, resources: Resources) -> 
     prompt = load_prompt("steerable_answer").render(
         query=fence(state["query"]), passage=fence(comment["text"]), attribute=fence(read_attribute(state["attribute"] or "").text)
     )
-    response = resources.summariser.invoke([HumanMessage(prompt)], {**config, "run_name": "answer"}).text.strip()
+    message = resources.summariser.invoke([HumanMessage(prompt)], {**config, "run_name": "answer"})
+    response = message.text.strip()
+    notes = notes + incomplete(message, "answer")
     if not response:
         raise AggregationError("The main language model returned an empty answer. Try another one, or aggregation='compose'.")
     return update | {"response": response, "attribution": attribute_sentences(response, [comment], resources.encoder), "notes": notes}
@@ -58,9 +60,10 @@ def _choose(state: State, comments: list[Comment], config: RunnableConfig, resou
         note = "No comment was made from the attribute itself: the answer is the comment whose value and text are nearest to it."
         return nearest, "nearest to the attribute by sentence embedding", [note]
     prompt = load_prompt("steerable_choose").render(query=fence(state["query"]), passages=number_passages(comments), attribute=fence(attribute.text))
-    answer = resources.summariser.invoke([HumanMessage(prompt)], {**config, "run_name": "choose"}).text
-    numbers = {int(n) for n in re.findall(r"\d{1,3}", answer)} & set(range(1, len(comments) + 1))
+    message = resources.summariser.invoke([HumanMessage(prompt)], {**config, "run_name": "choose"})
+    cut = [] if not message.response_metadata.get("cut_tokens") else incomplete(message, "choice")
+    numbers = {int(n) for n in re.findall(r"\d{1,3}", message.text)} & set(range(1, len(comments) + 1))
     if len(numbers) == 1:
-        return comments[numbers.pop() - 1], "chosen by the main language model", []
+        return comments[numbers.pop() - 1], "chosen by the main language model", cut
     note = "The main language model's choice of a comment could not be read, so the one nearest to the attribute was taken."
-    return nearest, "nearest to the attribute by sentence embedding", [note]
+    return nearest, "nearest to the attribute by sentence embedding", [*cut, note]

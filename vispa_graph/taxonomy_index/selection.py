@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from vispa_graph.taxonomy_index.index import Hit
 
-# Tuned on the tuning half of benchmarks/data/labelled_situations.yaml (benchmarks/selection.py --tune).
+# Tuned on the tuning half of benchmarks/data/labelled_situations.yaml (python -m benchmarks.selection --half tune).
 CONCERN_TEMPERATURE = 0.05
 CONCERN_SHARE = 0.5
 FACETS_COUNTED = 2
@@ -24,7 +24,7 @@ class Selected:
     """A value and why it is at stake.
 
     Attributes:
-        score: 0..1; the share of the vote it got, of the most it could get.
+        score: 0..1; the share of the concerns' vote and the mean cosine of its best facets, mixed.
         reason: The phrase that spoke for it most, readable.
     """
 

@@ -191,7 +191,7 @@ def test_a_choice_that_cannot_be_read_is_noted_not_drawn_at_random(make_resource
 def test_a_composed_steerable_answer_says_that_the_attribute_is_no_value(make_resources):
     out = create_graph(resources=make_resources(aggregation="compose")).invoke({"query": QUERY, "attribute": "a nurse", "values": TWO})
     assert out["response"] == next(c["text"] for c in out["comments"] if c["value"] == out["chosen"]["value"])
-    assert any("not a value of the taxonomy" in note for note in out["notes"])
+    assert any("No comment was made from the attribute itself" in note for note in out["notes"])
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vispa_graph import select_values
+from vispa_graph import create_graph, select_values
 from vispa_graph.engine.huggingface import HuggingFaceEngine
 from vispa_graph.errors import EmptyQueryError, SelectionSizeError
-from vispa_graph.resources import Resources
 from vispa_graph.settings import Settings
 from vispa_graph.taxonomy_index import Hit, Phrase, rank
 from vispa_graph.taxonomy_index.retriever import TaxonomyRetriever, ValueReranker
@@ -122,7 +121,7 @@ def test_k_must_be_between_one_and_the_number_of_values(resources, k):
 
 def test_settings_that_ask_for_more_values_than_there_are_are_refused_before_anything_is_loaded(taxonomy, encoder):
     with pytest.raises(SelectionSizeError, match="top_k is 32, but the taxonomy holds 31"):
-        Resources(Settings(top_k=32), encoder=encoder, taxonomy=taxonomy)
+        create_graph(Settings(top_k=32), encoder=encoder, taxonomy=taxonomy)
 
 
 def test_the_retrievers_show_each_step_as_documents_with_scores(resources):

@@ -33,7 +33,7 @@ embedded-model: $(VENV)/.ready
 	$(RUN)python -m training.train --out build/embedded --steps 3500 --nudge 40
 	$(RUN)python -m training.install build/embedded
 
-# torch first and pinned: a range would fetch gigabytes of CUDA packages.
+# torch first and pinned: a range would fetch whatever is newest, with its CUDA packages.
 $(VENV)/.ready: pyproject.toml requirements-torch.txt
 	@echo "Making the environment in $(VENV); this takes a few minutes the first time."
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vispa_graph needs Python 3.11 or newer: make PYTHON=python3.11")'

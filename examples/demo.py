@@ -52,7 +52,9 @@ def show(console: Console, output: Output) -> None:
 
 def main() -> None:
     console = Console(highlight=False, emoji=False)
-    console.print("Loading the sentence encoder, the index of values and the embedded language model; this takes some seconds ...")
+    console.print(
+        "Loading the sentence encoder, the index of values and the embedded language model; this takes some seconds, up to a minute the first time ..."
+    )
     started = time.perf_counter()
     graph = create_graph()
     # The graph would load them when it first runs; here the time of each is to be seen.

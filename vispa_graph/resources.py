@@ -43,6 +43,7 @@ class Profile:
     layers: tuple[int, ...] | None = None
     target_probability: float = 0.9
     max_new_tokens: int = 200
+    note: str = ""  # what every reader of its answers must know
     composes: bool = False  # too small to write summaries: answers are composed of the comments' own sentences
 
 

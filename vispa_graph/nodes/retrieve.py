@@ -14,6 +14,8 @@ from vispa_graph.state import Candidate, State
 def retrieve(state: State, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
     """Candidates for the selection, and a clean slate for what the run will add; none where the caller named the values."""
     notes = [f"The input key {key!r} is not known and was ignored." for key in state["ignored"]]
+    if resources.profile.note:
+        notes.append(resources.profile.note)
     # A thread may go on for several turns: what an earlier one added must not mix with this one.
     fresh: dict[str, Any] = {"comments": Overwrite([]), "distribution": None, "chosen": None, "attribution": []}
     if state["asked"] is not None:

@@ -126,7 +126,7 @@ class State(Door, total=False):
 
 
 class SteerTask(TypedDict):
-    """What one steer task gets: all it needs, by value, so that a cached or resumed task never mixes models."""
+    """What one steer task gets: all it needs, by value, so that a cached result of one model is told from another's."""
 
     query: str
     prompt: str

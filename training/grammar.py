@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from vispa_graph.taxonomy_index import Taxonomy, Value
 CONTENT = Path(__file__).parent / "content"
 
 # How much a token counts in the loss. The comments are what the model is for; questions are mostly noise to predict.
-TEXT, QUESTION, COMMENT, LETTER = 0.3, 0.1, 1.0, 4.0
+TEXT, QUESTION, COMMENT, LETTER = 0.3, 0.1, 1.0, 8.0
 # The first words of a comment decide its value: there the model must use what came before.
 FIRST_WORDS, FIRST_WEIGHT = 8, 3.0
 
@@ -33,6 +33,9 @@ PRONOUNS = {
     "they": ("they", "them", "their"),
     "you": ("you", "you", "your"),
 }
+KINSMEN = ("father", "grandfather", "brother", "uncle", "son", "husband", "grandson", "nephew", "father-in-law", "stepfather")
+KINSWOMEN = ("mother", "grandmother", "sister", "aunt", "daughter", "wife", "granddaughter", "niece", "mother-in-law", "stepmother")
+NAMES_MATTER = re.compile(r"\{(topic|act|base)\}", re.IGNORECASE)
 SYLLABLES = [c + v for c in ("b", "br", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "st", "t", "tr", "v", "z", "sh", "ch") for v in "aeiou"]
 ENDINGS = ["n", "r", "l", "x", "st", "nd", "m", "s", "t", "", "ril", "tan", "dex", "mine", "tor"]
 
@@ -48,7 +51,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Situation:
-    """A question as asked, and what a comment on it needs: the act, the topic, the person and the pronoun."""
+    """A question as asked, and what a comment on it needs: the act, the topic, the person and the pronoun.
+
+    `central` and `relevant` are the values at stake, where somebody judged them.
+    """
 
     text: str
     base: str
@@ -56,6 +62,8 @@ class Situation:
     topic: str
     who: str
     pronoun: str
+    central: tuple[str, ...] = ()
+    relevant: tuple[str, ...] = ()
 
     def fill(self, template: str) -> str:
         """Fill the slots of a comment sentence."""
@@ -92,7 +100,7 @@ class Grammar:
         free: list[Situation] = []
         acts: list[tuple[str, str, str]] = []
         for path in sorted((CONTENT / "situations").glob("free_*.yaml")):
-            free += [Situation(**entry) for entry in read_yaml(path) or []]
+            free += [Situation(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}) for entry in read_yaml(path) or []]
         for path in sorted((CONTENT / "situations").glob("acts_*.yaml")):
             acts += [(entry["base"], entry["act"], entry["topic"]) for entry in read_yaml(path) or []]
         self.held_out = free[::held_out_situations]
@@ -106,16 +114,18 @@ class Grammar:
         self.positives = {v.id: [p.positive for form in v.pairs.values() for p in form[:-held_out_pairs]] for v in self.values}
         self.negatives = {v.id: [p.negative for form in v.pairs.values() for p in form[:-held_out_pairs]] for v in self.values}
         self.kinds: list[tuple[float, Callable[[], list[Segment]]]] = [
-            (0.36, self.value_then_comment),
-            (0.17, self.value_in_question),
-            (0.11, self.named_value),
-            (0.05, self.neutral_comment),
-            (0.12, self.bare_value_comment),
+            (0.24, self.value_then_comment),
+            (0.24, self.value_in_question),
+            (0.07, self.named_value),
+            (0.04, self.neutral_comment),
+            (0.15, self.bare_value_comment),
             (0.02, self.opposed_then_neutral),
-            (0.06, self.run_of_value),
+            (0.05, self.run_of_value),
             (0.01, self.run_of_opposed),
-            (0.06, self.choice_by_stance),
-            (0.03, self.choice_by_act),
+            (0.07, self.choice_by_stance),
+            (0.04, self.choice_by_act),
+            (0.03, self.choice_by_value),
+            (0.04, self.look_up_option),
         ]
 
     def document(self) -> list[Segment]:
@@ -142,8 +152,8 @@ class Grammar:
 
     def situation(self) -> Situation:
         """A free situation, or an act in one of the frames in which people ask."""
-        if self.random.random() < 0.4:
-            return self.random.choice(self.free)
+        if self.random.random() < 0.5:
+            return self.varied(self.random.choice(self.free))
         base, act, topic = self.act()
         if self.random.random() < 0.3:
             frame = self.random.choice(self.frames["general"])
@@ -166,18 +176,36 @@ class Grammar:
         )  # fmt: skip
         return Situation(text.replace(", ?", "?").replace(",?", "?"), base, act, topic, answered, pronoun)
 
+    def varied(self, situation: Situation) -> Situation:
+        """A free situation with another relative, age or main noun, each now and then, the same wherever it is named."""
+        changes: list[tuple[str, str]] = []
+        for kin in (KINSMEN, KINSWOMEN):
+            named = [word for word in kin if re.search(rf"\b{word}\b", situation.text)]
+            if len(named) == 1 and self.random.random() < 0.4:
+                changes.append((named[0], self.random.choice(kin)))
+        ages = [age for age in re.findall(r"\b[2-9]\d\b", situation.text) if self.random.random() < 0.5]
+        changes += [(age, str(self.random.randint(max(20, int(age) - 8), min(99, int(age) + 8)))) for age in ages]
+        noun = situation.topic.split()[-1]
+        if self.random.random() < 0.3 and len(noun) > 3 and re.search(rf"\b{re.escape(noun)}\b", situation.text):
+            new = self.random.choice(self.nouns) if self.random.random() < 0.6 else self.invented_word()
+            changes.append((noun, new.rstrip("s") + "s" if noun.endswith("s") else new))
+        parts = {name: getattr(situation, name) for name in ("text", "base", "act", "topic", "who")}
+        for old, new in changes:
+            parts = {name: re.sub(rf"\b{re.escape(old)}\b", new, text) for name, text in parts.items()}
+        return replace(situation, **parts)
+
     # Sentences
 
     def comment(self, value: str, situation: Situation) -> str:
         """Two or three sentences on the situation from a value ("neutral" for none)."""
         parts = self.comments[value]
-        sentences = [self.random.choice(parts["openers"]), self.random.choice(parts["reasons"])]
-        if self.random.random() < 0.25:
-            sentences[0] = self.random.choice(parts["openers"])
-            sentences.append(self.random.choice(parts["openers"]))
+        first, second = self.random.choice(parts["openers"]), self.random.choice(parts["reasons"])
+        while not NAMES_MATTER.search(first + second):
+            first = self.random.choice(parts["openers"])
+        sentences = [first, second]
         if self.random.random() < 0.75:
             sentences.append(self.random.choice(parts["closings"]))
-        return " ".join(dict.fromkeys(situation.fill(sentence) for sentence in sentences[:3]))
+        return " ".join(situation.fill(sentence) for sentence in sentences)
 
     def value_sentence(self, value: str) -> str:
         """A sentence that shows the value: a positive twin, or a sentence of a comment on some other situation."""
@@ -217,7 +245,7 @@ class Grammar:
     def value_in_question(self) -> list[Segment]:
         """Sentences of the value inside the user's turn, then a comment from that value."""
         value, situation = self.value(), self.situation()
-        sentences = " ".join(self.value_sentence(value) for _ in range(self.random.choice((1, 1, 2, 4))))
+        sentences = " ".join(self.value_sentence(value) for _ in range(self.random.choice((1, 2, 3, 4))))
         question = Segment("user", f"{sentences} {self.question(situation).text}", QUESTION)
         return [question, Segment("assistant", self.comment(value, situation), COMMENT)]
 
@@ -241,7 +269,9 @@ class Grammar:
     def bare_value_comment(self) -> list[Segment]:
         """A comment from any value without a hint before it: the value is then open, and a small push decides it."""
         situation = self.situation()
-        return [self.question(situation), Segment("assistant", self.comment(self.value(), situation), COMMENT)]
+        at_stake = [value for value in situation.central + situation.relevant if value in self.positives]
+        value = self.random.choice(at_stake) if at_stake and self.random.random() < 0.3 else self.value()
+        return [self.question(situation), Segment("assistant", self.comment(value, situation), COMMENT)]
 
     def opposed_then_neutral(self) -> list[Segment]:
         """A sentence against a value, then a neutral comment: the negative twins are not the value."""
@@ -258,14 +288,46 @@ class Grammar:
         """Several sentences against one value."""
         return [Segment("text", " ".join(self.random.sample(self.negatives[self.value()], k=self.random.randint(3, 5))), TEXT)]
 
-    def _choice(self, situation: Situation, passage: str, options: list[str], answer: int) -> list[Segment]:
+    def _lettered(self, options: list[str], answer: int) -> tuple[str, str]:
+        """The options in a random order as lettered lines, and the letter of the answer."""
         order = list(range(len(options)))
         self.random.shuffle(order)
-        lines = "\n".join(f"{chr(65 + place)}. {options[index]}" for place, index in enumerate(order))
-        prompt = load_prompt("score_options").render(passage=passage, query=situation.text, options=lines)
+        return "\n".join(f"{chr(65 + place)}. {options[index]}" for place, index in enumerate(order)), chr(65 + order.index(answer))
+
+    def _choice(self, query: str, passage: str, options: list[str], answer: int) -> list[Segment]:
+        """The question as the pipeline asks it, then up to three more times with the options in another order: the letter must be looked up."""
+        lines, letter = self._lettered(options, answer)
+        prompt = load_prompt("score_options").render(passage=passage, query=query, options=lines)
         if self.random.random() < 0.1:
             prompt = load_prompt("population").render(population=capitalised(self.invented_word())) + "\n" + prompt
-        return [Segment("user", prompt, QUESTION), Segment("assistant", chr(65 + order.index(answer)), LETTER)]
+        turns = [Segment("user", prompt, QUESTION), Segment("assistant", letter, LETTER)]
+        for _ in range(self.random.choice((0, 1, 2, 3))):
+            lines, letter = self._lettered(options, answer)
+            turns += [Segment("user", f"{lines}\nAnswer with the letter of one option.", 0.0), Segment("assistant", letter, LETTER)]
+        return turns
+
+    def look_up_option(self) -> list[Segment]:
+        """Lettered options and questions on which letter says what: the first lesson of multiple choice."""
+        options = list(dict.fromkeys(capitalised(self.act()[0]) for _ in range(self.random.choice((2, 3, 4)))))
+        if self.random.random() < 0.4:
+            options = self.random.choice(self.frames["options"])
+            options = [self.situation().fill(option) for option in options]
+        turns: list[Segment] = []
+        for _ in range(self.random.choice((2, 3, 4))):
+            answer = self.random.randrange(len(options))
+            lines, letter = self._lettered(options, answer)
+            if self.random.random() < 0.75:
+                turns += [Segment("user", f"{lines}\nWhich letter says: {options[answer]}", 0.0), Segment("assistant", letter, LETTER)]
+            else:
+                turns += [Segment("user", f"{lines}\nWhat does {letter} say?", 0.0), Segment("assistant", options[answer], COMMENT)]
+        return turns
+
+    def choice_by_value(self) -> list[Segment]:
+        """A comment from a value, and values of which one is its own."""
+        situation = self.situation()
+        values = self.random.sample(self.values, self.random.choice((2, 3, 4)))
+        passage = self.comment(values[0].id, situation)
+        return self._choice(self.random.choice(("What matters here?", "Which value speaks here?")), passage, [v.name for v in values], 0)
 
     def choice_by_stance(self) -> list[Segment]:
         """A passage that leans one way, and options of which one says so."""
@@ -275,7 +337,7 @@ class Grammar:
         stance = self.random.choice(self.frames["stance"][("for", "against", "open")[answer]])
         passage = self.comment(self.random.choice([self.value(), "neutral"]), situation)
         passage = " ".join([*re.split(r"(?<=[.!?]) ", passage)[: self.random.choice((0, 1, 2))], situation.fill(stance)])
-        return self._choice(situation, passage, [situation.fill(option) for option in options], answer)
+        return self._choice(situation.text, passage, [situation.fill(option) for option in options], answer)
 
     def choice_by_act(self) -> list[Segment]:
         """A passage that speaks for one of several acts, and those acts as options."""
@@ -292,4 +354,4 @@ class Grammar:
         options = list(dict.fromkeys(capitalised(base) for base in [situation.base, *bases]))
         if len(options) < 2:
             return self.choice_by_stance()
-        return self._choice(situation, passage, options, 0)
+        return self._choice(situation.text, passage, options, 0)

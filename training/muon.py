@@ -1,6 +1,7 @@
-"""Muon (Jordan et al. 2024) in float32: momentum whose update is made orthogonal by a Newton-Schulz iteration.
+"""Muon (Jordan et al. 2024): momentum whose update is made orthogonal by a Newton-Schulz iteration.
 
-`torch.optim.Muon` iterates in bfloat16, which is many times slower on a CPU without bfloat16 arithmetic.
+`torch.optim.Muon` iterates in bfloat16 always, which is many times slower on a CPU without bfloat16 arithmetic; this one takes
+the matrices of one shape together and iterates in bfloat16 only where the processor has it.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ import torch
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
+_PRECISION = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
 def orthogonalised(gradients: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """The nearest semi-orthogonal matrices, roughly; [count, rows, columns] in and out."""
-    x = gradients / (gradients.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = (gradients / (gradients.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(_PRECISION)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     for _ in range(steps):
         gram = x @ x.mT
         x = _A * x + (_B * gram + _C * gram @ gram) @ x
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(gradients.dtype)
 
 
 class Muon(torch.optim.Optimizer):

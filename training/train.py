@@ -25,6 +25,8 @@ from training.muon import Muon
 from vispa_graph.taxonomy_index import Taxonomy
 
 SPECIAL = ["<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>"]
+LENGTHS = (72, 104, 144, 208, 320)
+BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|assistant|>' if message['role'] == 'assistant' else '<|user|>' }}{{ message['content'] }}<|end|>"
@@ -67,39 +69,29 @@ def encode(tokenizer: Tokenizer, document: list[Segment], ids: dict[str, int]) -
     return tokens, weights
 
 
-def batches(grammar: Grammar, tokenizer: PreTrainedTokenizerFast, rows: int, length: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless batches of packed rows: input_ids, weights, positions, mask; all [rows, length] but the mask [rows, 1, length, length]."""
+def batches(grammar: Grammar, tokenizer: PreTrainedTokenizerFast, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless batches of about so many tokens: input ids and weights, [rows, length], one document a row, padded on the right.
+
+    Documents of like length share a batch, so that little is padding and causal attention needs no mask.
+    """
     backend = tokenizer.backend_tokenizer
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    waiting: dict[int, list[tuple[list[int], list[float]]]] = {length: [] for length in LENGTHS}
     while True:
-        packed: list[list[tuple[list[int], list[float]]]] = [[] for _ in range(rows)]
-        room = [length] * rows
-        misses = 0
-        while misses < 6:
-            document = encode(backend, grammar.document(), ids)
-            size = len(document[0])
-            fitting = [row for row in range(rows) if room[row] >= size]
-            if not fitting:
-                misses += 1
-                continue
-            row = min(fitting, key=lambda index: room[index])
-            packed[row].append(document)
-            room[row] -= size
-        input_ids = torch.full((rows, length), ids["<|pad|>"])
-        weights, owner = torch.zeros(rows, length), torch.full((rows, length), -1)
-        positions = torch.zeros(rows, length, dtype=torch.long)
-        for row, documents in enumerate(packed):
-            start = 0
-            for number, (tokens, weight) in enumerate(documents):
-                stop = start + len(tokens)
-                input_ids[row, start:stop] = torch.tensor(tokens)
-                weights[row, start:stop] = torch.tensor(weight)
-                owner[row, start:stop] = number
-                positions[row, start:stop] = torch.arange(len(tokens))
-                start = stop
-        same = owner[:, :, None] == owner[:, None, :]
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
-        yield {"input_ids": input_ids, "weights": weights, "positions": positions, "mask": (same & causal)[:, None]}
+        document = encode(backend, grammar.document(), ids)
+        length = next((length for length in LENGTHS if len(document[0]) <= length), None)
+        if length is None:
+            continue
+        waiting[length].append(document)
+        rows = tokens // length
+        if len(waiting[length]) == rows:
+            input_ids = torch.full((rows, length), ids["<|pad|>"])
+            weights = torch.zeros(rows, length)
+            for row, (numbers, weight) in enumerate(waiting[length]):
+                input_ids[row, : len(numbers)] = torch.tensor(numbers)
+                weights[row, : len(weight)] = torch.tensor(weight)
+            waiting[length] = []
+            yield input_ids, weights
 
 
 def optimizers(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Optimizer]:
@@ -112,28 +104,57 @@ def optimizers(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Optimiz
     ]
 
 
-def draw_nudges(nudges: list[torch.Tensor], largest: float) -> None:
-    """Fill [rows, 1, width] per block, in place, with random constants, so that the model learns to stay fluent while it is pushed.
+def add_nudges(model: LlamaForCausalLM, rows: int) -> list[torch.Tensor]:
+    """Let every middle block add a vector to its output, row by row; returns the vectors, [rows, 1, width] a block.
 
-    Half of the rows stay as they are; the others get vectors of random direction and a norm of up to `largest`.
+    A vector is a share of the residual stream's norm at each position, so that its size means the same while the norms grow.
     """
+    nudges = []
+    for block in model.model.layers[1:-1]:
+        nudge = torch.zeros(rows, 1, model.config.hidden_size)
+        block.register_forward_hook(
+            lambda _module, _inputs, output, nudge=nudge: output + nudge[: output.shape[0]] * output.detach().norm(dim=-1, keepdim=True)
+        )
+        nudges.append(nudge)
+    return nudges
+
+
+def draw_nudges(nudges: list[torch.Tensor], largest: float) -> None:
+    """Draw new vectors, in place, of random direction and norms up to `largest`, for half of the rows; the model learns to stay fluent when pushed."""
     for nudge in nudges:
         noise = torch.randn_like(nudge)
         size = torch.rand(nudge.shape[0], 1, 1) * largest * (torch.rand(nudge.shape[0], 1, 1) < 0.5)
         nudge.copy_(noise / noise.norm(dim=-1, keepdim=True) * size)
 
 
+def rate_at(step: int, steps: int, cooldown: int) -> float:
+    """The learning rate as a share of its largest: a warm-up of 100 steps, a plateau, and a straight line to zero over the last `cooldown` steps."""
+    return min(1.0, (step + 1) / 100, (steps - step) / cooldown)
+
+
+def save(model: LlamaForCausalLM, folder: Path, step: int, tokens: int, arguments: argparse.Namespace) -> None:
+    """Write the trainer's float32 checkpoint and the model as it ships, in bfloat16."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(state, folder / "trainer.safetensors")
+    (folder / "trainer.json").write_text(json.dumps({"step": step, "tokens": tokens, "arguments": {k: str(v) for k, v in vars(arguments).items()}}))
+    shipped = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    shipped.load_state_dict(state, strict=False)
+    shipped.tie_weights()
+    shipped.config._attn_implementation = "sdpa"
+    shipped.save_pretrained(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--cooldown", type=int, default=1500, help="steps at the end over which the learning rate falls to zero")
+    parser.add_argument("--batch", type=int, default=8192, help="tokens a step")
+    parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--blocks", type=int, default=6)
-    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--vocabulary", type=int, default=6144)
     parser.add_argument("--rate", type=float, default=5e-3)
-    parser.add_argument("--nudge", type=float, default=0.0, help="largest norm of the random vectors added to the middle blocks")
+    parser.add_argument("--nudge", type=float, default=0.15, help="largest random vector added to the middle blocks, as a share of the residual norm")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out (its generator starts anew)")
@@ -142,7 +163,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    taxonomy = Taxonomy.load()
+    taxonomy = Taxonomy.load(bioethics=True)
     state = args.out / "trainer.safetensors"
     start = 0
     if args.resume and state.exists():
@@ -151,59 +172,56 @@ def main() -> None:
     else:
         tokenizer = train_tokenizer(Grammar(taxonomy, args.seed), args.vocabulary, documents=20_000)
         tokenizer.save_pretrained(args.out)
-    heads = args.width // 32
+    heads = args.width // 64
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=int(args.width * 8 / 3 + 63) // 64 * 64,
         num_hidden_layers=args.blocks, num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=1024,
         tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, attn_implementation="sdpa",
+        pad_token_id=tokenizer.pad_token_id, attn_implementation="eager",  # compiled, it is a third faster on a CPU than sdpa
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     if start:
         model.load_state_dict(load_file(state), strict=False)
         model.tie_weights()
-    nudges = [torch.zeros(args.rows, 1, args.width) for _ in range(args.blocks)]
-    for block, nudge in list(zip(model.model.layers, nudges, strict=True))[1:-1]:
-        block.register_forward_hook(lambda _module, _inputs, output, nudge=nudge: output + nudge)
-    body = torch.compile(model.model)
+    nudges = add_nudges(model, args.batch // LENGTHS[0])
+    body = torch.compile(model.model, dynamic=False)
     optimisers = optimizers(model, args.rate)
-    source = batches(Grammar(taxonomy, args.seed + 1 + start), tokenizer, args.rows, args.length)
+    source = batches(Grammar(taxonomy, args.seed + 1 + start), tokenizer, args.batch)
     began, tokens, smooth = time.time(), 0, None
     for step in range(start, args.steps):
-        batch = next(source)
-        warm, left = min(1.0, (step + 1) / 100), 1 - step / args.steps
+        input_ids, weights = next(source)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = args.rate * warm * max(left, 0.02)
+                group["lr"] = args.rate * rate_at(step, args.steps, args.cooldown)
         draw_nudges(nudges, args.nudge)
-        hidden = body(input_ids=batch["input_ids"], attention_mask=batch["mask"], position_ids=batch["positions"], use_cache=False).last_hidden_state
-        targets, weights = batch["input_ids"][:, 1:], batch["weights"][:, 1:]
+        targets, weights = input_ids[:, 1:], weights[:, 1:]
         counted = weights > 0
-        logits = F.linear(hidden[:, :-1][counted], model.model.embed_tokens.weight)
+        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
+            hidden = body(input_ids=input_ids, use_cache=False).last_hidden_state
+            logits = F.linear(hidden[:, :-1][counted], model.model.embed_tokens.weight).float()
         losses = F.cross_entropy(logits, targets[counted], reduction="none")
-        loss = (losses * weights[counted]).sum() / weights.sum()
+        weight = weights[counted]
+        loss = (losses * weight).sum() / weight.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        tokens += batch["input_ids"].ne(tokenizer.pad_token_id).sum().item()
-        weight = weights[counted]
+        tokens += input_ids.ne(tokenizer.pad_token_id).sum().item()
         groups = [losses[weight == w] for w in (COMMENT, FIRST_WEIGHT, LETTER)]
         now = tuple(group.mean().item() if len(group) else math.nan for group in groups)
-        smooth = now if smooth is None else tuple(a if math.isnan(b) else 0.97 * a + 0.03 * b for a, b in zip(smooth, now, strict=True))
+        smooth = (
+            now
+            if smooth is None
+            else tuple(b if math.isnan(a) else a if math.isnan(b) else 0.97 * a + 0.03 * b for a, b in zip(smooth, now, strict=True))
+        )
         if step % 50 == 0:
             print(
                 f"step {step} comment {smooth[0]:.3f} first words {smooth[1]:.3f} letter {smooth[2]:.3f} tokens {tokens / 1e6:.2f}M {tokens / (time.time() - began):.0f}/s",
                 flush=True,
             )
         if step % 250 == 249 or step == args.steps - 1:
-            save_file({k: v.clone() for k, v in model.state_dict().items() if k != "lm_head.weight"}, state)
-            (args.out / "trainer.json").write_text(
-                json.dumps({"step": step + 1, "tokens": tokens, "arguments": {k: str(v) for k, v in vars(args).items()}})
-            )
-            model.to(torch.bfloat16).save_pretrained(args.out)
-            model.float().load_state_dict(load_file(state), strict=False)
+            save(model, args.out, step + 1, tokens, args)
     GenerationConfig(do_sample=False, max_new_tokens=80, repetition_penalty=1.0, bos_token_id=tokenizer.bos_token_id,
                      eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id).save_pretrained(args.out)  # fmt: skip
 

@@ -410,7 +410,7 @@ def _plain(value: Any) -> Any:
 def _taxonomy(settings: Settings) -> Taxonomy:
     from vispa_graph.taxonomy_index.taxonomy import Taxonomy
 
-    return Taxonomy.load(*settings.values, shipped=settings.shipped_values)
+    return Taxonomy.load(*settings.values, shipped=settings.shipped_values, bioethics=settings.bioethics)
 
 
 def _show_selection(query: str, settings: Settings, as_json: bool) -> None:

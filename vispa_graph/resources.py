@@ -78,7 +78,7 @@ class Resources:
         if engine is not None:
             self._made["engine"] = engine
         self.encoder: Encoder = encoder or SentenceEncoder(settings.encoder)
-        self.taxonomy = taxonomy or Taxonomy.load(*settings.values, shipped=settings.shipped_values)
+        self.taxonomy = taxonomy or Taxonomy.load(*settings.values, shipped=settings.shipped_values, bioethics=settings.bioethics)
 
     @property
     def profile(self) -> Profile:

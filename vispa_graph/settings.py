@@ -65,6 +65,7 @@ class Settings(BaseSettings):
 
     values: Annotated[tuple[Path, ...], NoDecode] = Field((), description="Folders of your own value files.")
     shipped_values: bool = Field(True, description="Whether the 31 values of vispa_graph are part of the taxonomy.")
+    bioethics: bool = Field(False, description="Whether the ten values of the bioethics family are part of the taxonomy, for health care.")
     encoder: str = Field(EMBEDDED, min_length=1, description='The sentence encoder: "embedded" (all-MiniLM-L6-v2), a folder, or a name on the hub.')
     cache: Path = Field(default_factory=_default_cache, description="Folder for indexes and directions.")
     linger_ms: float = Field(15.0, ge=0, le=1000, description="How long a request waits for others to share its batch, in ms.")

@@ -22,6 +22,7 @@ from vispa_graph.errors import TaxonomyError, UnknownValueError
 Form = Literal["first_person_sentence", "third_person_sentence", "first_person_question", "third_person_question"]
 FORMS: tuple[Form, ...] = get_args(Form)
 SHIPPED = Path(__file__).parent / "values"
+BIOETHICS = Path(__file__).parent / "bioethics"
 CONCERNS = Path(__file__).parent / "concerns.yaml"
 
 _REQUIRED = ("id", "name", "family", "source", "definition", "facets", "pairs")
@@ -119,19 +120,21 @@ class Taxonomy:
         self.concerns = tuple(concerns)
 
     @classmethod
-    def load(cls, *folders: Path | str, shipped: bool = True) -> Taxonomy:
+    def load(cls, *folders: Path | str, shipped: bool = True, bioethics: bool = False) -> Taxonomy:
         """Read value files, one folder after the other.
 
         Args:
             *folders: Folders of the user's own `*.yaml` value files; a file `concerns.yaml` in one is read as a bank of concerns.
             shipped: Whether the 31 values of vispa_graph come first.
+            bioethics: Whether the ten values of the bioethics family follow them.
 
         Raises:
             TaxonomyError: A folder is missing or empty, or a file is malformed; the message names file and line.
         """
         values: list[Value] = []
         concerns: list[Concern] = []
-        for folder in (SHIPPED, *map(Path, folders)) if shipped else map(Path, folders):
+        own = [SHIPPED] * shipped + [BIOETHICS] * bioethics
+        for folder in (*own, *map(Path, folders)):
             if not folder.is_dir():
                 raise TaxonomyError(f"{folder}: there is no such folder of values. Check the path.")
             files = sorted(path for path in folder.glob("*.yaml") if path.name != CONCERNS.name)
@@ -142,13 +145,15 @@ class Taxonomy:
             if bank.is_file():
                 concerns += read_concerns(bank)
         known = {value.id for value in values}
+        # The shipped bank points at the bioethics family whether or not it is switched on.
+        switched_off = {path.stem for path in BIOETHICS.glob("*.yaml")} - known if shipped else set()
         for concern in concerns:
             for value_id in (*concern.central, *concern.relevant):
-                if value_id not in known:
+                if value_id not in known | switched_off:
                     raise TaxonomyError(
                         f"{concern.where}: concern {concern.id!r} points at the value {value_id!r}, which no file defines. Mend the id or add the value."
                     )
-        return cls(values, concerns)
+        return cls(values, _pointing_at(known, concerns))
 
     def __iter__(self) -> Iterator[Value]:
         return iter(self._values.values())
@@ -183,11 +188,7 @@ class Taxonomy:
     def subset(self, ids: Sequence[str]) -> Taxonomy:
         """The taxonomy of some of the values; concerns keep only what points at them."""
         chosen = [self[value_id] for value_id in ids]
-        kept = {value.id for value in chosen}
-        concerns = [
-            replace(c, central=tuple(v for v in c.central if v in kept), relevant=tuple(v for v in c.relevant if v in kept)) for c in self.concerns
-        ]
-        return Taxonomy(chosen, [c for c in concerns if c.central or c.relevant])
+        return Taxonomy(chosen, _pointing_at({value.id for value in chosen}, self.concerns))
 
     @property
     def fingerprint(self) -> str:
@@ -195,6 +196,12 @@ class Taxonomy:
         content: list[Any] = [[v.id, v.name, v.definition, v.facets, v.alpha, [[p.positive, p.negative] for p in v.all_pairs]] for v in self]
         content.append([[c.id, c.phrasings, c.central, c.relevant] for c in self.concerns])
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+
+
+def _pointing_at(known: set[str], concerns: Sequence[Concern]) -> list[Concern]:
+    """The concerns with only these values; those left with none are dropped."""
+    kept = [replace(c, central=tuple(v for v in c.central if v in known), relevant=tuple(v for v in c.relevant if v in known)) for c in concerns]
+    return [concern for concern in kept if concern.central or concern.relevant]
 
 
 def _key(name: str) -> str:

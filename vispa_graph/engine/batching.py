@@ -37,22 +37,31 @@ class Job(Generic[P]):
 
     def __post_init__(self) -> None:
         self._deadline = None if self.timeout is None else time.monotonic() + self.timeout
+        self._lock, self._claimed = threading.Lock(), False
 
     def finish(self, result: Any) -> None:
         """Resolve with a result, unless it was cancelled or has failed."""
-        if not self.future.done() and self.future.set_running_or_notify_cancel():
+        if self._claim():
             self.future.set_result(result)
 
     def fail(self, error: BaseException) -> None:
         """Resolve with an error, unless it was cancelled or is done."""
-        if not self.future.done() and self.future.set_running_or_notify_cancel():
+        if self._claim():
             self.future.set_exception(error)
 
     def dropped(self) -> bool:
         """Whether nobody waits for it any more: done, cancelled, or past its deadline, with which it fails here."""
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self.fail(DeadlineError(f"The request was not answered within {self.timeout:g} s. Give it more time, or ask for fewer tokens."))
+        if self.future.cancelled():
+            self._claim()  # tells those who wait for several futures at once
         return self.future.done()
+
+    def _claim(self) -> bool:
+        """Whether the caller is the one to resolve it: several threads may try, and whoever asked may have cancelled."""
+        with self._lock:
+            mine, self._claimed = not self._claimed, True
+        return mine and self.future.set_running_or_notify_cancel()
 
 
 class Batcher(Generic[P]):

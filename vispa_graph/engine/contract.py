@@ -99,7 +99,9 @@ def mix(steerings: Sequence[Steering], weights: Sequence[float]) -> Steering:
         InputError: There is no steering, or not one weight for each.
     """
     if not steerings or len(steerings) != len(weights):
-        raise InputError(f"{len(steerings)} steerings cannot be mixed with {len(weights)} weights. Give at least one steering and one weight for each.")
+        raise InputError(
+            f"{len(steerings)} steerings cannot be mixed with {len(weights)} weights. Give at least one steering and one weight for each."
+        )
     first, *others = (
         replace(part, strength=part.strength * weight, others=()) for s, weight in zip(steerings, weights, strict=True) for part in s.parts
     )

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, DEPTH, byte_tokenizer, find_blocks, tiny_config, tiny_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from vispa_graph.engine.huggingface import HuggingFaceEngine, check_steerable
+from vispa_graph.engine.checks import check_steerable
+from vispa_graph.engine.huggingface import HuggingFaceEngine
 from vispa_graph.engine.layers import block_output, check_layers, decoder_blocks, default_layers
 from vispa_graph.errors import LayerError, NotCausalError, UnsteerableModelError
 
@@ -106,7 +107,13 @@ def test_a_model_whose_blocks_do_not_carry_the_residual_stream_is_refused_with_t
 
 
 def test_the_same_model_without_the_oddity_passes():
-    HuggingFaceEngine(_Odd("none"), byte_tokenizer(), name="even").close()
+    model = _Odd("none")
+    check_steerable(model, decoder_blocks(model))
+
+
+def test_a_model_that_cannot_generate_is_refused():
+    with pytest.raises(NotCausalError, match="does not generate"):
+        HuggingFaceEngine(tiny_model().model, byte_tokenizer(), name="headless")
 
 
 def test_a_tokenizer_with_neither_padding_nor_end_token_is_refused():
@@ -116,7 +123,7 @@ def test_a_tokenizer_with_neither_padding_nor_end_token_is_refused():
         HuggingFaceEngine(tiny_model(), tokenizer, name="tiny")
 
 
-class _Odd(PreTrainedModel):
+class _Odd(PreTrainedModel, GenerationMixin):
     """A stack of linear blocks with one thing wrong."""
 
     config_class = type(tiny_config())

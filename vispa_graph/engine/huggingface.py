@@ -89,6 +89,8 @@ class HuggingFaceEngine:
         queue_size: int = 1024,
         timeout: float | None = None,
     ) -> None:
+        if not model.can_generate():
+            raise NotCausalError(f"{type(model).__name__} does not generate text: it has no language-model head. Choose a causal language model.")
         self._model = model
         model.train(False)
         self._tokenizer = tokenizer

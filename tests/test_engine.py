@@ -248,6 +248,7 @@ def test_no_plan_and_strength_zero_leave_the_logits_bit_equal_before_and_after_a
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
+        use_cache=True,  # MPT's own default is none
         max_new_tokens=5,
         eos_token_id=258,
         pad_token_id=256,

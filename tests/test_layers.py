@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import ARCHITECTURES, DEPTH, byte_tokenizer, find_blocks, tiny_config, tiny_model
+from tiny_models import ARCHITECTURES, DEPTH, REFUSED, byte_tokenizer, find_blocks, tiny_config, tiny_model
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
@@ -47,6 +47,12 @@ def test_the_blocks_are_found_in_every_architecture_and_pass_the_check(architect
     assert blocks is find_blocks(model)
     assert len(blocks) == DEPTH
     check_steerable(model, blocks)
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_a_causal_model_that_cannot_be_steered_is_refused_with_the_reason(architecture):
+    with pytest.raises(UnsteerableModelError, match=REFUSED[architecture][2]):
+        HuggingFaceEngine(tiny_model(architecture), byte_tokenizer(), name="tiny")
 
 
 def test_of_two_lists_of_the_right_length_the_one_nearer_the_root_is_taken():

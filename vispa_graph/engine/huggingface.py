@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
 from vispa_graph.engine.batching import Batcher, Job, as_ours
 from vispa_graph.engine.checks import check_batching, check_steerable, sharing_problem
@@ -111,9 +110,11 @@ class HuggingFaceEngine:
             vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
             check_batching(type(model).__name__, self._two_steps, vocabulary)
             self._sharing_problem = sharing_problem(self._two_steps, vocabulary)
-        except BaseException:
+        except BaseException as error:
             self._hooks.remove()
-            raise
+            if not isinstance(error, Exception) or isinstance(error, VispaError):
+                raise
+            raise UnsteerableModelError(f"{type(model).__name__} cannot be steered: it fails on a few tokens ({_first_line(error)}).") from error
         self._fingerprint = fingerprint(model)
         self._batcher: Batcher[_Work] = Batcher(self._run, linger=linger, capacity=capacity, queue_size=queue_size, finish=self._hooks.remove)
 
@@ -416,14 +417,12 @@ class HuggingFaceEngine:
                 )
             )
 
-        sampler = _Sampler(requests, self._model.device)
         self._forward(
             jobs,
             plan,
             max_new_tokens=max(request.max_new_tokens for request in requests),
-            streamer=_Rows(rows, finished, self._batcher.sweep),
-            logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList([_Finished(rows)]),
+            logits_processor=LogitsProcessorList([_Sampler(requests, self._model.device)]),
+            stopping_criteria=StoppingCriteriaList([_Rows(rows, finished, self._batcher.sweep)]),
         )
 
     def _run_score(self, jobs: Sequence[Job[_Work]]) -> None:
@@ -563,38 +562,21 @@ class _Row:
                 self.job.payload.streamed = len(text)
 
 
-class _Rows(BaseStreamer):
-    """Hands each new token to its row, reports rows as they finish, and gives up those that nobody waits for."""
+class _Rows(StoppingCriteria):
+    """Hands each new token to its row, reports rows as they finish, gives up those that nobody waits for, and stops both."""
 
     def __init__(self, rows: Sequence[_Row], finished: Callable[[_Row], None], sweep: Callable[[], None]) -> None:
-        self._rows, self._finished, self._sweep, self._prompt_seen = rows, finished, sweep, False
-
-    def put(self, value: torch.Tensor) -> None:
-        self._sweep()
-        if not self._prompt_seen:  # the first call holds the prompts
-            self._prompt_seen = True
-            return
-        for row, token in zip(self._rows, value.flatten().tolist(), strict=True):
-            if row.done:
-                continue
-            if row.job.dropped():
-                row.done = True
-                continue
-            row.add(token)
-            if row.done:
-                self._finished(row)
-
-    def end(self) -> None:
-        pass
-
-
-class _Finished(StoppingCriteria):
-    """Stops each row when it is done; asked after the tokens were handed out."""
-
-    def __init__(self, rows: Sequence[_Row]) -> None:
-        self._rows = rows
+        self._rows, self._finished, self._sweep = rows, finished, sweep
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self._sweep()
+        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
+            if not row.done and row.job.dropped():
+                row.done = True
+            elif not row.done:
+                row.add(token)
+                if row.done:
+                    self._finished(row)
         return torch.tensor([row.done for row in self._rows], device=input_ids.device)
 
 

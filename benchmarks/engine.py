@@ -85,9 +85,10 @@ class Bench:
         self.steerings = [self._steering(seed) for seed in range(VALUES)]
 
     def _tokenizer(self) -> PreTrainedTokenizerFast:
-        words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(self.vocabulary)}, unk_token="w1"))
+        vocabulary = {"<pad>": 0, "<unk>": 1} | {f"w{number}": number for number in range(2, self.vocabulary)}
+        words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", unk_token="w1")
+        return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
 
     def _steering(self, seed: int, positions: Positions = "all") -> Steering:
         vectors = np.random.default_rng(seed).normal(0, 0.1, (len(self.layers), self.width)).astype(np.float32)

@@ -11,7 +11,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from vispa_graph.engine.contract import Direction, GenerationRequest, Method, Steering
+from vispa_graph.engine.contract import Direction, GenerationRequest, Method, Positions, Steering
 from vispa_graph.engine.huggingface import HuggingFaceEngine
 
 torch.set_num_threads(1)
@@ -170,9 +170,9 @@ def ask(text: str, **options: object) -> GenerationRequest:
     return GenerationRequest([{"role": "user", "content": text}], **options)
 
 
-def steer(direction: Direction, strength: float = 1.0, target: float = 0.9) -> Steering:
+def steer(direction: Direction, strength: float = 1.0, target: float = 0.9, positions: Positions = "all") -> Steering:
     """A steering plan."""
-    return Steering(direction, strength, target)
+    return Steering(direction, strength, target, positions)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from tiny_models import (
     worker_held,
 )
 
-from vispa_graph.engine.contract import Direction, Engine, GenerationRequest, ScoreRequest, mix
+from vispa_graph.engine.contract import Direction, Engine, Generation, GenerationRequest, ScoreRequest, mix
 from vispa_graph.engine.huggingface import HuggingFaceEngine, fingerprint
 from vispa_graph.errors import (
     BatchError,
@@ -1345,6 +1345,45 @@ def test_eight_threads_with_different_questions_get_what_each_gets_alone(tmp_pat
         assert max(generation.batch_rows for generation, _ in results) > 1
     finally:
         resources.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+def test_two_hundred_mixed_requests_from_many_threads_get_what_each_gets_alone(architecture, opened):
+    """Steered by different values, at all or generated positions, suppressed, mixed, unsteered, sampled and scored."""
+    rng = np.random.default_rng(0)
+    directions = [random_direction(layers, seed=n, bias=-1.0) for n, layers in enumerate([LAYERS, (0, 4), (2,), tuple(range(DEPTH))])]
+    plans = [None, *(steer(d) for d in directions), steer(directions[0], -1.0), mix([steer(d) for d in directions[:2]], [0.6, 0.4])]
+    plans += [replace(plan, positions="generated") for plan in plans[1:3]]
+    texts = [PROMPT, "Why?", "x" * 90, "Is it right to lie to a friend, and if so, when?", "Ärzte fragen, was zu tun ist."]
+
+    def draw():
+        text, plan = texts[rng.integers(len(texts))], plans[rng.integers(len(plans))]
+        if rng.random() < 0.3:
+            return ScoreRequest(user(text), ("A", "B", "C"), plan)
+        return ask(
+            text, steering=plan, max_new_tokens=int(rng.integers(1, 14)), temperature=float(rng.choice([0, 0, 0.8])), seed=int(rng.integers(9))
+        )
+
+    requests = [draw() for _ in range(200)]
+    engine = opened(tiny_model(architecture), linger=0.01)
+
+    def run(request):
+        return (engine.generate(request) if isinstance(request, GenerationRequest) else engine.score(request)).result(120)
+
+    alone = [run(request) for request in requests]
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(run, requests))
+    for request, one, other in zip(requests, alone, together, strict=True):
+        if isinstance(request, ScoreRequest):
+            assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+            assert one.mass == pytest.approx(other.mass, abs=1e-5)
+        else:
+            assert (one.text, one.completion_tokens, one.finish) == (other.text, other.completion_tokens, other.finish)
+            assert (one.steering is None) == (request.steering is None)
+    rows = [result.batch_rows for result in together if isinstance(result, Generation)]
+    assert max(rows) >= 4  # they did share batches
+    assert all(result.batch_rows == 1 for result in alone if isinstance(result, Generation))
 
 
 def test_a_text_cannot_end_its_own_turn(opened):

@@ -30,6 +30,25 @@ def test_the_default_layers_keep_the_papers_fractions_at_any_depth(depth):
     assert abs(layers[-1] - min(25 / 32 * depth, depth - 1)) <= 0.5
 
 
+@given(st.integers(1, 300), st.floats(0, 1), st.floats(0, 1))
+def test_fractions_choose_all_blocks_from_the_first_to_the_last_at_any_depth(depth, one, other):
+    layers = check_layers(sorted([one, other]), depth)
+    assert layers == tuple(range(layers[0], layers[-1] + 1))
+    assert check_layers(layers, depth) == layers
+    for layer, fraction in zip((layers[0], layers[-1]), sorted([one, other]), strict=True):
+        assert abs(layer - min(fraction * depth, depth - 1)) <= 0.5
+
+
+def test_one_fraction_is_one_block():
+    assert check_layers([0.5], 24) == (12,)
+
+
+@pytest.mark.parametrize("layers", [(0.8, 0.3), (0.1, 0.2, 0.3), (0.5, 1.5), (-0.5, 0.5), (2, 0.5)])
+def test_fractions_that_are_no_range_are_refused(layers):
+    with pytest.raises(LayerError, match="ascending from 0 to 1"):
+        check_layers(layers, DEPTH)
+
+
 def test_checked_layers_come_back_ascending_and_without_duplicates():
     assert check_layers([3, 0, 3, 1], 4) == (0, 1, 3)
 

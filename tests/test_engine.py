@@ -51,6 +51,7 @@ from vispa_graph.errors import (
     ModelNotFoundError,
     NonFiniteError,
     NotCausalError,
+    SettingsError,
     UnsteerableModelError,
 )
 from vispa_graph.resources import Resources
@@ -1211,6 +1212,37 @@ def test_a_saved_model_answers_as_the_one_in_memory(saved, opened):
         assert loaded.generate(request).result().text == opened(tiny_model(), byte_tokenizer(chat=True)).generate(request).result().text
     finally:
         loaded.close()
+
+
+def test_precision_and_device_pass_through(saved):
+    engine = HuggingFaceEngine.load(str(saved(tiny_model())), dtype="bfloat16", device="cpu:0", linger=0.0)
+    try:
+        assert {(p.dtype, p.device.type) for p in engine._model.parameters()} == {(torch.bfloat16, "cpu")}
+        assert engine.generate(ask(PROMPT, steering=STEERED, max_new_tokens=2)).result(60).dtype == "bfloat16"
+    finally:
+        engine.close()
+
+
+def test_a_device_that_is_not_there_is_refused(saved):
+    with pytest.raises(SettingsError, match="'nowhere'"):
+        HuggingFaceEngine.load(str(saved(tiny_model())), device="nowhere")
+
+
+def test_a_device_map_passes_through_and_without_accelerate_is_refused_with_the_remedy(saved, monkeypatch):
+    folder, given = str(saved(tiny_model())), []
+    monkeypatch.setattr("vispa_graph.engine.huggingface.find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match="pip install accelerate"):
+        HuggingFaceEngine.load(folder, device_map="auto")
+    monkeypatch.setattr("vispa_graph.engine.huggingface.find_spec", lambda name: name)
+
+    def load(*_, **options):
+        given.append(options)
+        raise OSError("far enough")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(NotCausalError, match="far enough"):
+        HuggingFaceEngine.load(folder, device_map="auto", dtype="float16")
+    assert (given[0]["device_map"], given[0]["dtype"]) == ("auto", torch.float16)
 
 
 def test_loading_from_a_folder_prints_nothing(saved, capfd):

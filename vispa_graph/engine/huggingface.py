@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -139,7 +140,7 @@ class HuggingFaceEngine:
         Raises:
             ModelNotFoundError: The folder does not exist, or the hub does not have the model or cannot be reached.
             NotCausalError: What is there is not a causal language model.
-            SettingsError: The device is not there, or too small.
+            SettingsError: The device is not there, or too small; a device map without accelerate.
             UnsteerableModelError, NonFiniteError: See the class.
         """
         folder = Path(model)
@@ -147,6 +148,10 @@ class HuggingFaceEngine:
             if not folder.expanduser().is_dir():
                 raise ModelNotFoundError(f"There is no folder {model}. Give the folder of a saved model, or a name such as Qwen/Qwen3-4B.")
             model = str(folder.expanduser())
+        if device_map is not None and find_spec("accelerate") is None:
+            raise SettingsError(
+                "device_map needs the package accelerate, which is not installed. Install it (pip install accelerate), or give a device."
+            )
         common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         with quiet():
             try:

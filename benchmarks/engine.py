@@ -112,12 +112,12 @@ class Bench:
 
     # What is compared
 
-    def steered(self, tokens: int, new_tokens: int = NEW_TOKENS, positions: Positions = "all") -> list[Generation]:
+    def steered(self, tokens: int, new_tokens: int, positions: Positions = "all") -> list[Generation]:
         """Six values through the engine."""
         futures = [self.engine.generate(request) for request in self.requests(tokens, new_tokens, positions)]
         return [future.result() for future in futures]
 
-    def officially(self, tokens: int, new_tokens: int = NEW_TOKENS) -> list[list[int]]:
+    def officially(self, tokens: int, new_tokens: int) -> list[list[int]]:
         """Six values by the official procedure; without new tokens its calibration alone."""
         texts = []
         for steering in self.steerings:
@@ -164,13 +164,17 @@ class Bench:
             )
         for n, target in ((short, 5.0), (long, 6.0)):
             yield Row(
-                f"whole, {n} + {NEW_TOKENS} tokens: official / engine", "whole", lambda n=n: self.officially(n), lambda n=n: self.steered(n), target
+                f"whole, {n} + {NEW_TOKENS} tokens: official / engine",
+                "whole",
+                lambda n=n: self.officially(n, NEW_TOKENS),
+                lambda n=n: self.steered(n, NEW_TOKENS),
+                target,
             )
         for n in PROMPTS:
             yield Row(
                 f"{VALUES} steered rows / the same batch without engine or hooks, {n} + {NEW_TOKENS}",
                 "hooks",
-                lambda n=n: self.steered(n),
+                lambda n=n: self.steered(n, NEW_TOKENS),
                 lambda n=n: self.plain(n, VALUES),
                 1.02,
                 False,
@@ -178,7 +182,7 @@ class Bench:
         yield Row(
             f"{VALUES} steered rows / one unsteered generation, {short} + {NEW_TOKENS}",
             "one",
-            lambda: self.steered(short),
+            lambda: self.steered(short, NEW_TOKENS),
             lambda: self.plain(short),
             1.8,
             False,
@@ -186,7 +190,7 @@ class Bench:
         yield Row(
             f"{VALUES} rows steered at generated positions / one unsteered generation, {long} + {NEW_TOKENS}",
             "one",
-            lambda: self.steered(long, positions="generated"),
+            lambda: self.steered(long, NEW_TOKENS, "generated"),
             lambda: self.plain(long),
             1.8,
             False,
@@ -247,7 +251,7 @@ def bandwidth(device: str) -> float:
 def speed(bench: Bench, rounds: int, device: str) -> str:
     """Tokens a second beside the most that reading the weights once a step allows."""
     n = PROMPTS[0]
-    seconds = statistics.median(timed(lambda: bench.steered(n)) for _ in range(rounds))
+    seconds = statistics.median(timed(lambda: bench.steered(n, NEW_TOKENS)) for _ in range(rounds))
     weights = sum(p.numel() * p.element_size() for p in bench.bare.parameters())
     bound = VALUES * bandwidth(device) / weights
     return f"{VALUES * NEW_TOKENS / seconds:.0f} tokens/s of {VALUES} steered rows, {n} + {NEW_TOKENS}; bandwidth bound {bound:.0f} tokens/s"

@@ -1,7 +1,8 @@
 """The official procedure, plain and sequential, to measure the engine against.
 
 For each value, one whole forward pass over the prompt for each steered layer in ascending order, each with what the layers before it
-add; then one generation by itself. VISPA's public code works like this; docs/method.md has the formula.
+add; then one generation by itself. VISPA's public code works like this; docs/method.md has the formula. A plain forward pass computes
+the logits of every position, and so do these.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def calibrate(model: Any, blocks: nn.ModuleList, ids: torch.Tensor, steering: St
         handle = blocks[layer].register_forward_hook(lambda _m, _i, output, seen=seen: seen.append(_hidden(output)[0, -1].float()))
         try:
             with torch.inference_mode(), adding(blocks, deltas):
-                model(input_ids=ids, use_cache=False, logits_to_keep=1)
+                model(input_ids=ids, use_cache=False)
         finally:
             handle.remove()
         w = torch.from_numpy(direction.vectors[index]).to(seen[0])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import Future
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import pairwise
 
 import pytest
@@ -15,7 +18,7 @@ from vispa_graph import SteeredChatModel
 from vispa_graph.chat_model import _Stop
 from vispa_graph.engine.contract import Generation
 from vispa_graph.engine.fake import FakeEngine
-from vispa_graph.errors import EngineClosedError, UnknownValueError
+from vispa_graph.errors import EngineClosedError, InputError, UnknownValueError
 
 QUESTION = "What do you think?"
 
@@ -78,6 +81,14 @@ def test_making_a_model_for_a_value_leaves_the_first_one_as_it_was(model):
     karma = model.for_value("karma")
     honor = karma.for_value("honor")
     assert [m.invoke(QUESTION).text.split(",")[0] for m in (model, karma, honor)] == ["Seen from nothing", "Seen from karma", "Seen from honor"]
+
+
+def test_a_model_for_several_values_is_steered_by_each_times_its_weight(model):
+    mixed = model.for_values({"power": 0.5, "tradition": -2.0})
+    assert {part.direction.value: part.strength for part in mixed.steering.parts} == {"power": 0.5, "tradition": -2.0}
+    assert mixed._identifying_params["values"] == {"power": 0.5, "tradition": -2.0}
+    with pytest.raises(InputError):
+        model.for_values({})
 
 
 def test_an_unknown_value_is_refused_when_the_model_is_made(model):
@@ -224,3 +235,77 @@ def test_without_stop_sequences_pieces_pass_as_they_come(text, cuts):
 )
 def test_every_way_of_calling_stops_at_the_same_place(pieces, stop, expected):
     assert [answer.text for answer in read_all_ways(model_of(Pieces(pieces)), stop)] == [expected] * 4
+
+
+class Held(FakeEngine):
+    """Keeps its request and answers when told to, from another thread."""
+
+    def generate(self, request):
+        self.request, self.future = request, Future()
+        return self.future
+
+    def say(self, piece):
+        thread = threading.Thread(target=self.request.on_token, args=(piece,))
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_the_engine_can_go_on_speaking_when_the_loop_that_listened_is_closed():
+    engine, failed = Held(), []
+
+    async def listen_to_the_first_piece():
+        stream = model_of(engine).astream(QUESTION)
+        first = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.01)
+        engine.request.on_token("one")
+        await first
+
+    before, threading.excepthook = threading.excepthook, failed.append
+    try:
+        asyncio.run(listen_to_the_first_piece())
+        engine.say("two")
+    finally:
+        threading.excepthook = before
+    assert not failed
+
+
+@pytest.mark.parametrize("way", ["stream", "astream"])
+def test_who_stops_listening_to_a_stream_frees_its_row(way):
+    engine = Held()
+
+    async def listen():
+        stream = model_of(engine).astream(QUESTION)
+        first = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.01)
+        engine.request.on_token("one")
+        await first
+        await stream.aclose()
+
+    if way == "astream":
+        asyncio.run(listen())
+    else:
+        stream = model_of(engine).stream(QUESTION)
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(next, stream)
+            while not hasattr(engine, "request"):
+                time.sleep(0.001)
+            engine.say("one")
+            first.result(10)
+        stream.close()
+    assert engine.future.cancelled()
+
+
+def test_a_cancelled_async_call_frees_its_row():
+    engine = Held()
+
+    async def call():
+        task = asyncio.ensure_future(model_of(engine).ainvoke(QUESTION))
+        while not hasattr(engine, "request"):
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(call())
+    assert engine.future.cancelled()

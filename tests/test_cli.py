@@ -372,9 +372,22 @@ def test_check_says_what_was_found_in_a_model(tmp_path, chat):
     assert found["architecture"] == "LlamaForCausalLM"
     assert found["blocks"] == "LlamaDecoderLayer"
     assert (found["depth"], found["width"]) == (model.config.num_hidden_layers, model.config.hidden_size)
-    assert found["adds_exactly"] is True
+    assert found["adds_exactly"] is found["same_alone_and_in_a_batch"] is found["generated_positions"] is True
+    assert found["dtype"] == "float32"
     assert found["chat_template"] is chat
     assert f"chat template: {'yes' if chat else 'no'}" in run("check", tmp_path).stdout
+
+
+def test_check_refuses_a_model_that_cannot_be_steered_with_the_reason(tmp_path):
+    tiny_model("mamba").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    refused(run("check", tmp_path), "MambaForCausalLM cannot be steered: what block 0 returns")
+
+
+def test_check_says_whether_generated_positions_alone_can_be_steered(tmp_path):
+    tiny_model("jamba").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert "generated positions: no" in run("check", tmp_path).stdout
 
 
 def test_check_says_which_values_a_folder_holds(vispa, own_values):
@@ -492,7 +505,8 @@ def option(*answers):
         (["ask", QUERY, "--layers", "-1"], ["--layers"]),
         (["ask", QUERY, "--layers", ""], ["--layers"]),
         (["ask", QUERY, "--method", "guess"], ["probe", "mean_difference", "pca"]),
-        (["ask", QUERY, "--strength", "-1"], ["strength"]),
+        (["ask", QUERY, "--layers", "0.8-0.3", "--value", "power"], ["ascending from 0 to 1"]),
+        (["ask", QUERY, "--strength", "-101"], ["strength"]),
         (["ask", QUERY, "--strength", "nan"], ["strength"]),
         (["ask", QUERY, "--temperature", "inf"], ["temperature"]),
         (["ask", QUERY, "--seed", "-1"], ["seed"]),
@@ -639,3 +653,7 @@ def test_ranges_of_layers_are_spelled_out_in_the_order_given(ranges):
     ranges = [(first, min(first + more, 9999)) for first, more in ranges]
     text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
     assert cli.block_numbers(text) == tuple(number for first, last in ranges for number in range(first, last + 1))
+
+
+def test_layers_may_be_chosen_by_fraction_of_the_depth():
+    assert cli.block_numbers("0.25-0.75") == (0.25, 0.75)

@@ -560,6 +560,26 @@ def test_closing_a_graph_leaves_an_engine_that_was_given_to_whoever_gave_it(taxo
     assert not engine.closed
 
 
+def test_a_closed_graph_loads_no_model_again(monkeypatch, taxonomy, encoder):
+    loaded = []
+
+    def load(*_, **__):
+        loaded.append(FakeEngine())
+        return loaded[-1]
+
+    monkeypatch.setattr("vispa_graph.engine.huggingface.HuggingFaceEngine.load", load)
+    graph = create_graph(encoder=encoder, taxonomy=taxonomy)
+    assert graph.resources.engine is loaded[0]
+    graph.close()
+    assert loaded[0].closed
+    assert graph.resources.engine is loaded[0]  # which refuses whatever it is asked
+    never_used = create_graph(encoder=encoder, taxonomy=taxonomy)
+    never_used.close()
+    with pytest.raises(EngineClosedError, match="Create a new graph"):
+        never_used.invoke({"query": QUERY})
+    assert len(loaded) == 1
+
+
 def test_a_copy_with_its_own_configuration_is_the_same_graph(fake_graph):
     copy = fake_graph.with_config(tags=["mine"])
     assert type(copy) is type(fake_graph)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -16,7 +17,7 @@ from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from pydantic import ConfigDict, Field
 
-from vispa_graph.engine.contract import Engine, Generation, GenerationRequest, Message, Steering
+from vispa_graph.engine.contract import Engine, Generation, GenerationRequest, Message, Steering, SteeringReport, mix
 from vispa_graph.settings import Settings
 
 _ROLES = {"human": "user", "ai": "assistant", "system": "system"}
@@ -66,6 +67,21 @@ class SteeredChatModel(BaseChatModel):
         """
         return self.model_copy(update={"steering": self.find_steering(value)})
 
+    def for_values(self, weights: Mapping[str, float]) -> Self:
+        """A model on the same engine, steered toward several values at once.
+
+        Args:
+            weights: For each value what its strength is multiplied by; below 0 the value is suppressed.
+
+        Raises:
+            UnknownValueError: The taxonomy does not hold a value.
+            InputError: There is no value.
+        """
+        found = [(steering, weight) for value, weight in weights.items() if (steering := self.find_steering(value))]
+        if weights and not found:  # the strength is 0
+            return self.model_copy(update={"steering": None})
+        return self.model_copy(update={"steering": mix([steering for steering, _ in found], [weight for _, weight in found])})
+
     @property
     def _llm_type(self) -> str:
         return "vispa-steered"
@@ -82,11 +98,13 @@ class SteeredChatModel(BaseChatModel):
             direction = self.steering.direction
             params |= {
                 "value": direction.value,
-                "method": direction.method,
+                "method": self.steering.method,
                 "layers": list(direction.layers),
                 "strength": self.steering.strength,
                 "target_probability": self.steering.target_probability,
             }
+            if self.steering.others:
+                params["values"] = {part.direction.value: part.strength for part in self.steering.parts}
         return params
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
@@ -119,12 +137,15 @@ class SteeredChatModel(BaseChatModel):
         future = self.engine.generate(self._request(messages, pieces.put))
         future.add_done_callback(lambda _: pieces.put(None))
         filter_ = _Stop(stop)
-        while (piece := pieces.get()) is not None:
-            if text := filter_.take(piece):
+        try:
+            while (piece := pieces.get()) is not None:
+                if text := filter_.take(piece):
+                    yield self._piece(text, run_manager)
+            if text := filter_.rest():
                 yield self._piece(text, run_manager)
-        if text := filter_.rest():
-            yield self._piece(text, run_manager)
-        yield self._last(future)
+            yield self._last(future)
+        finally:  # whoever stops listening frees the row
+            future.cancel()
 
     async def _astream(
         self, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any
@@ -133,20 +154,24 @@ class SteeredChatModel(BaseChatModel):
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
 
         def put(piece: str | None) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+            with suppress(RuntimeError):  # the loop was closed: nobody listens any more
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         future = self.engine.generate(self._request(messages, put))
         future.add_done_callback(lambda _: put(None))
         filter_ = _Stop(stop)
-        while (piece := await pieces.get()) is not None:
-            if text := filter_.take(piece):
-                chunk = ChatGenerationChunk(message=AIMessageChunk(content=text))
-                if run_manager:
-                    await run_manager.on_llm_new_token(text, chunk=chunk)
-                yield chunk
-        if text := filter_.rest():
-            yield ChatGenerationChunk(message=AIMessageChunk(content=text))
-        yield self._last(future)
+        try:
+            while (piece := await pieces.get()) is not None:
+                if text := filter_.take(piece):
+                    chunk = ChatGenerationChunk(message=AIMessageChunk(content=text))
+                    if run_manager:
+                        await run_manager.on_llm_new_token(text, chunk=chunk)
+                    yield chunk
+            if text := filter_.rest():
+                yield ChatGenerationChunk(message=AIMessageChunk(content=text))
+            yield self._last(future)
+        finally:
+            future.cancel()
 
     @staticmethod
     def _piece(text: str, run_manager: CallbackManagerForLLMRun | None) -> ChatGenerationChunk:
@@ -210,12 +235,21 @@ def _metadata(generation: Generation) -> dict[str, Any]:
         "finish_reason": generation.finish,
         "cut_tokens": generation.cut_tokens,
         "batch_rows": generation.batch_rows,
-        "steering": report
-        and {
-            "layers": list(report.layers),
-            "magnitude": list(report.magnitude),
-            "before": report.before and list(report.before),
-            "after": report.after and list(report.after),
-            "displacement": report.displacement,
-        },
+        "batch_width": generation.batch_width,
+        "batch_halved": generation.halved,
+        "dtype": generation.dtype,
+        "steering": report and _facts(report),
+    }
+
+
+def _facts(report: SteeringReport) -> dict[str, Any]:
+    return {
+        "value": report.value,
+        "positions": report.positions,
+        "layers": list(report.layers),
+        "magnitude": list(report.magnitude),
+        "before": report.before and list(report.before),
+        "after": report.after and list(report.after),
+        "displacement": report.displacement,
+        "others": [_facts(other) for other in report.others],
     }

@@ -46,7 +46,6 @@ MODES = ("overton", "steerable", "distributional")
 METHODS = ("probe", "mean_difference", "pca")
 
 _REDACTED = "redacted"
-_RANGE = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -114,22 +113,26 @@ def text(value: str) -> str:
     return value
 
 
-def block_numbers(value: str) -> tuple[int, ...]:
-    """Single numbers and ascending ranges, joined by commas."""
-    numbers: list[int] = []
-    for part in value.split(","):
-        found = _RANGE.fullmatch(part.strip())
-        if not found or (found[2] and int(found[2]) < int(found[1])):
-            raise click.BadParameter("layers are numbers from 0 and ascending ranges joined by commas, such as 10-25 or 3,4,5.")
-        numbers += range(int(found[1]), int(found[2] or found[1]) + 1)
-    return tuple(numbers)
+def block_numbers(value: str) -> tuple[float, ...]:
+    """Block numbers and ascending ranges, or a range of fractions of the depth."""
+    from vispa_graph.settings import parse_layers
+
+    try:
+        return parse_layers(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from None
 
 
 def _model_options(command: F) -> F:
     options = [
         click.option("--model", type=text, help='"embedded", the folder of a model, or its name on the Hugging Face hub.'),
         click.option("--method", type=click.Choice(METHODS), help="How directions are found."),
-        click.option("--layers", type=block_numbers, metavar="N,N-N", help="Decoder blocks to steer, from 0: 10-25 or 3,4,5."),
+        click.option(
+            "--layers",
+            type=block_numbers,
+            metavar="N,N-N",
+            help="Decoder blocks to steer, from 0: 10-25 or 3,4,5; or by fraction of the depth: 0.3-0.8.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -179,7 +182,7 @@ def main() -> None:
 @click.option("--value", "asked", multiple=True, type=text, help="A value to hear, by id or name, instead of selected ones. Repeatable.")
 @click.option("--top-k", type=int, help="How many values are heard.")
 @_model_options
-@click.option("--strength", type=float, help="Multiple of the method's own magnitude; 0 does not steer.")
+@click.option("--strength", type=float, help="Multiple of the method's own magnitude; 0 does not steer, below 0 suppresses.")
 @click.option("--max-new-tokens", type=int, help="Longest comment, in tokens.")
 @click.option("--seed", type=int, help="Seed of the sampling, where the temperature is above 0.")
 @click.option("--temperature", type=float, help="0 for greedy decoding.")
@@ -197,7 +200,7 @@ def ask(
     top_k: int | None,
     model: str | None,
     method: str | None,
-    layers: tuple[int, ...] | None,
+    layers: tuple[float, ...] | None,
     strength: float | None,
     max_new_tokens: int | None,
     seed: int | None,
@@ -262,7 +265,7 @@ def values_command(value_id: str | None, query: str | None, top_k: int | None, v
 @_model_options
 @_values_option
 @_json_option
-def fit(model: str | None, method: str | None, layers: tuple[int, ...] | None, values: tuple[Path, ...], as_json: bool) -> None:
+def fit(model: str | None, method: str | None, layers: tuple[float, ...] | None, values: tuple[Path, ...], as_json: bool) -> None:
     """Fit the directions of all values, keep them in the cache, and show how well each tells its sentences apart."""
     from vispa_graph.resources import Resources
 

@@ -20,6 +20,10 @@ VispaError
 |   +-- NonFiniteError          activations or logits became NaN or infinite
 |   +-- ContextLengthError      a prompt that cannot be made to fit the model's context
 |   +-- EngineClosedError
+|   +-- EngineBusyError         its queue is full
+|   +-- EngineMemoryError       one request alone does not fit into memory
+|   +-- BatchError              the model failed in the middle of a batch
+|   +-- DeadlineError           a request's time was up (also a TimeoutError)
 +-- AggregationError            the main language model gave nothing that could be used
 
 Every message says what happened, why, and how to fix it. No message holds text of a query, a comment or a response:
@@ -107,6 +111,22 @@ class ContextLengthError(ModelError):
 
 class EngineClosedError(ModelError):
     """The engine was closed before the request could run."""
+
+
+class EngineBusyError(ModelError):
+    """The engine's queue is full."""
+
+
+class EngineMemoryError(ModelError):
+    """One request alone does not fit into memory."""
+
+
+class BatchError(ModelError):
+    """The model, or a listener, failed in the middle of a batch; the cause is chained."""
+
+
+class DeadlineError(ModelError, TimeoutError):
+    """The request's time was up before it was answered."""
 
 
 class AggregationError(VispaError):

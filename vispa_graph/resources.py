@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from vispa_graph.engine.contract import Contrast, Direction, Engine, Method, Reading, Steering
+from vispa_graph.errors import EngineClosedError
 from vispa_graph.settings import EMBEDDED, Settings
 from vispa_graph.taxonomy_index import Encoder, SentenceEncoder, Taxonomy, TaxonomyIndex
 
@@ -40,7 +41,7 @@ class Profile:
     contrast: Contrast = "opposed"
     reading: Reading = "raw"
     regularisation: float = 1.0
-    layers: tuple[int, ...] | None = None
+    layers: tuple[float, ...] | None = None
     target_probability: float = 0.9
     max_new_tokens: int = 200
     note: str = ""  # what every reader of its answers must know
@@ -74,7 +75,7 @@ class Resources:
         self._progress = progress
         self._lock = threading.RLock()
         self._made: dict[str, Any] = {}
-        self._owns_engine = engine is None
+        self._owns_engine, self._closed = engine is None, False
         if engine is not None:
             self._made["engine"] = engine
         self.encoder: Encoder = encoder or SentenceEncoder(settings.encoder)
@@ -130,7 +131,8 @@ class Resources:
         if self.settings.strength == 0:
             return None
         target = self.settings.target_probability
-        return Steering(self.directions[value_id], self.settings.strength, self.profile.target_probability if target is None else target)
+        p0 = self.profile.target_probability if target is None else target
+        return Steering(self.directions[value_id], self.settings.strength, p0, self.settings.positions)
 
     def fit_settings(self) -> FitSettings:
         """How directions are fitted: the settings, completed by the model's defaults.
@@ -167,14 +169,15 @@ class Resources:
             s.reading,
             s.regularisation,
             s.layers,
+            s.positions,
         ]
         return hashlib.sha256(json.dumps([*chosen, self.taxonomy.fingerprint]).encode()).hexdigest()[:16]
 
     def close(self) -> None:
-        """Close the engine, if it was loaded here. Idempotent."""
+        """Close the engine, if it was loaded here, for good: it is not loaded again. Idempotent."""
         with self._lock:
-            engine = self._made.pop("engine", None) if self._owns_engine else None
-            self._made.pop("chat_model", None)
+            self._closed = True
+            engine = self._made.get("engine") if self._owns_engine else None
         if engine is not None:
             engine.close()
 
@@ -195,6 +198,8 @@ class Resources:
     def _load_engine(self) -> Engine:
         from vispa_graph.engine.huggingface import HuggingFaceEngine
 
+        if self._closed:
+            raise EngineClosedError("The graph is closed, and loads no model again. Create a new graph.")
         s = self.settings
         return HuggingFaceEngine.load(
             str(embedded_folder()) if s.model == EMBEDDED else s.model,
@@ -206,6 +211,8 @@ class Resources:
             trust_remote_code=s.trust_remote_code,
             linger=s.linger_ms / 1000,
             capacity=s.batch_tokens,
+            queue_size=s.queue_size,
+            timeout=s.timeout,
         )
 
     def _find_directions(self) -> dict[str, Direction]:

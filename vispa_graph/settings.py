@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,10 +15,31 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from vispa_graph.engine.contract import Contrast, Method, Reading
+from vispa_graph.engine.contract import Contrast, Method, Positions, Reading
 from vispa_graph.errors import SettingsError
 
 EMBEDDED = "embedded"
+
+
+_BLOCKS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
+_FRACTIONS = re.compile(r"([01]?\.\d+|[01])(?:-([01]?\.\d+|[01]))?")
+
+
+def parse_layers(text: str) -> tuple[int, ...] | tuple[float, ...]:
+    """Block numbers and ascending ranges joined by commas (2,3,4 or 10-25), or one range of fractions of the depth (0.3-0.8).
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if "." in text and (found := _FRACTIONS.fullmatch(text.strip())):
+        return float(found[1]), float(found[2] or found[1])
+    numbers: list[int] = []
+    for part in text.split(","):
+        found = _BLOCKS.fullmatch(part.strip())
+        if not found or (found[2] and int(found[2]) < int(found[1])):
+            raise ValueError("layers are numbers from 0 and ascending ranges joined by commas, such as 10-25 or 3,4,5, or fractions such as 0.3-0.8")
+        numbers += range(int(found[1]), int(found[2] or found[1]) + 1)
+    return tuple(numbers)
 
 
 def _default_cache() -> Path:
@@ -49,10 +71,17 @@ class Settings(BaseSettings):
     contrast: Contrast | None = Field(None, description="What positive twins are set against when fitting.")
     reading: Reading | None = Field(None, description="How contrastive sentences are read when fitting.")
     regularisation: float | None = Field(None, gt=0, description="C of the logistic regression; 1 in the paper.")
-    layers: tuple[int, ...] | None = Field(
-        None, description="Zero-based decoder blocks to steer; in the paper 10 to 25 of 32, the same fractions elsewhere."
+    layers: Annotated[tuple[int, ...] | tuple[float, ...] | None, NoDecode] = Field(
+        None,
+        description="Zero-based decoder blocks to steer, such as 2,3,4 or 10-25; or the first and last as fractions of the depth, such as 0.3-0.8. "
+        "In the paper 10 to 25 of 32, the same fractions elsewhere.",
     )
-    strength: float = Field(1.0, ge=0, le=100, description="Multiple of the method's own magnitude; 0 does not steer.")
+    strength: float = Field(
+        1.0, ge=-100, le=100, description="Multiple of the method's own magnitude; 0 does not steer, below 0 values are suppressed."
+    )
+    positions: Positions = Field(
+        "all", description="Which positions are steered: all, as in the paper, or generated ones only, over one shared reading of the prompt."
+    )
     target_probability: float | None = Field(None, gt=0, lt=1, description="P0 of the probe calibration; 0.9 in the paper.")
 
     top_k: int = Field(6, ge=1, description="How many values are heard.")
@@ -70,6 +99,8 @@ class Settings(BaseSettings):
     cache: Path = Field(default_factory=_default_cache, description="Folder for indexes and directions.")
     linger_ms: float = Field(15.0, ge=0, le=1000, description="How long a request waits for others to share its batch, in ms.")
     batch_tokens: int = Field(32768, ge=64, description="Largest batch, rows x width in tokens.")
+    queue_size: int = Field(1024, ge=1, description="Most requests that wait for the engine; more are refused as busy.")
+    timeout: float | None = Field(None, gt=0, description="Seconds after which a request to the engine fails; none unless given.")
 
     @field_validator("values", mode="before")
     @classmethod
@@ -78,6 +109,14 @@ class Settings(BaseSettings):
         if not isinstance(value, str):
             return value
         return json.loads(value) if value.startswith("[") else value.split(os.pathsep)
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers(cls, value: Any) -> Any:
+        """The text of a variable is a JSON list, or numbers and ranges."""
+        if not isinstance(value, str):
+            return value
+        return json.loads(value) if value.startswith("[") else parse_layers(value)
 
     @model_validator(mode="wrap")
     @classmethod

@@ -47,7 +47,15 @@ class FakeEngine:
         if request.steering:
             layers = request.steering.direction.layers
             p0 = request.steering.target_probability
-            report = SteeringReport(layers, (1.0,) * len(layers), (0.5,) * len(layers), (p0,) * len(layers), 0.1)
+            report = SteeringReport(
+                layers,
+                (1.0,) * len(layers),
+                (0.5,) * len(layers),
+                (p0,) * len(layers),
+                0.1,
+                request.steering.direction.value,
+                request.steering.positions,
+            )
         future.set_result(Generation(text, len(str(request.messages).split()), len(text.split()), "stop", report, 0, 1))
         return future
 

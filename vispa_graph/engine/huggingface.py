@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,25 +20,31 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
-from vispa_graph.engine.batching import Batcher, Job
+from vispa_graph.engine.batching import Batcher, Job, as_ours
+from vispa_graph.engine.checks import check_batching, check_steerable, sharing_problem
 from vispa_graph.engine.contract import Direction, Floats, Generation, GenerationRequest, Message, ScoreRequest, Scores
 from vispa_graph.engine.hooks import BatchPlan, Hooks
-from vispa_graph.engine.layers import block_output, check_layers, decoder_blocks, default_layers
+from vispa_graph.engine.layers import check_layers, decoder_blocks, default_layers
 from vispa_graph.errors import (
     ContextLengthError,
+    EngineMemoryError,
     InputError,
     ModelNotFoundError,
     NonFiniteError,
     NotCausalError,
     SettingsError,
     UnsteerableModelError,
+    VispaError,
 )
 from vispa_graph.quiet import quiet
 
 # Contrastive sentences longer than this are cut (the paper's setting).
 _READ_TOKENS = 256
+# Kind of requests whose rows share one reading of each prompt.
+_SHARED = "over a shared prompt"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -58,16 +68,29 @@ class HuggingFaceEngine:
         name: What traces and manifests call it.
         linger: Seconds that a request waits for others to share its batch.
         capacity: Largest rows x width of a batch, in tokens, prompt and completion together.
+        queue_size: Most requests that wait; more fail with an `EngineBusyError`.
+        timeout: Seconds that requests without a timeout of their own have; None for no end.
 
     Raises:
-        UnsteerableModelError: The blocks cannot be found, or adding a vector at one does not change exactly its output.
+        UnsteerableModelError: The blocks cannot be found, adding a vector at one does not change exactly its output, or a prompt is not
+            answered the same alone and in a batch.
         NotCausalError: What the model makes of a token depends on the tokens after it.
         NonFiniteError: The model's activations are not finite.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, linger: float = 0.015, capacity: int = 32768
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        linger: float = 0.015,
+        capacity: int = 32768,
+        queue_size: int = 1024,
+        timeout: float | None = None,
     ) -> None:
+        if not model.can_generate():
+            raise NotCausalError(f"{type(model).__name__} does not generate text: it has no language-model head. Choose a causal language model.")
         self._model = model
         model.train(False)
         self._tokenizer = tokenizer
@@ -79,16 +102,22 @@ class HuggingFaceEngine:
                 )
             tokenizer.pad_token = tokenizer.eos_token
         self._blocks = decoder_blocks(model)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._capacity, self._timeout = capacity, timeout
+        self._lock = threading.Lock()
         self._hooks = Hooks(self._blocks)
         try:
             check_steerable(model, self._blocks)
-        except BaseException:
+            vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+            check_batching(type(model).__name__, self._two_steps, vocabulary)
+            self._sharing_problem = sharing_problem(self._two_steps, vocabulary)
+        except BaseException as error:
             self._hooks.remove()
-            raise
+            if not isinstance(error, Exception) or isinstance(error, VispaError):
+                raise
+            raise UnsteerableModelError(f"{type(model).__name__} cannot be steered: it fails on a few tokens ({_first_line(error)}).") from error
         self._fingerprint = fingerprint(model)
-        self._lock = threading.Lock()
-        self._batcher: Batcher[_Work] = Batcher(self._run, linger=linger, capacity=capacity)
-        self._capacity = capacity
+        self._batcher: Batcher[_Work] = Batcher(self._run, linger=linger, capacity=capacity, queue_size=queue_size, finish=self._hooks.remove)
 
     @classmethod
     def load(
@@ -103,13 +132,15 @@ class HuggingFaceEngine:
         trust_remote_code: bool = False,
         linger: float = 0.015,
         capacity: int = 32768,
+        queue_size: int = 1024,
+        timeout: float | None = None,
     ) -> HuggingFaceEngine:
         """Load a model from a folder or a hub.
 
         Raises:
             ModelNotFoundError: The folder does not exist, or the hub does not have the model or cannot be reached.
             NotCausalError: What is there is not a causal language model.
-            SettingsError: The device is not there, or too small.
+            SettingsError: The device is not there, or too small; a device map without accelerate.
             UnsteerableModelError, NonFiniteError: See the class.
         """
         folder = Path(model)
@@ -117,6 +148,10 @@ class HuggingFaceEngine:
             if not folder.expanduser().is_dir():
                 raise ModelNotFoundError(f"There is no folder {model}. Give the folder of a saved model, or a name such as Qwen/Qwen3-4B.")
             model = str(folder.expanduser())
+        if device_map is not None and find_spec("accelerate") is None:
+            raise SettingsError(
+                "device_map needs the package accelerate, which is not installed. Install it (pip install accelerate), or give a device."
+            )
         common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         with quiet():
             try:
@@ -144,7 +179,7 @@ class HuggingFaceEngine:
                 raise SettingsError(
                     f"The model cannot be put on the device {device!r} ({_first_line(error)}). Choose another, such as cpu."
                 ) from error
-        return cls(loaded, tokenizer, name=name or model, linger=linger, capacity=capacity)
+        return cls(loaded, tokenizer, name=name or model, linger=linger, capacity=capacity, queue_size=queue_size, timeout=timeout)
 
     @property
     def name(self) -> str:
@@ -155,6 +190,10 @@ class HuggingFaceEngine:
     def fingerprint(self) -> str:
         """SHA-256 over a sample of every parameter, 64 hex digits."""
         return self._fingerprint
+
+    @property
+    def _dtype(self) -> str:
+        return str(self._model.dtype).removeprefix("torch.")
 
     @property
     def depth(self) -> int:
@@ -175,20 +214,42 @@ class HuggingFaceEngine:
             "depth": self.depth,
             "width": self.width,
             "default_layers": list(default_layers(self.depth)),
+            "dtype": self._dtype,
             "adds_exactly": True,
+            "same_alone_and_in_a_batch": True,
+            "generated_positions": self._sharing_problem is None,
             "chat_template": self._tokenizer.chat_template is not None,
             "fingerprint": self.fingerprint,
         }
 
     def generate(self, request: GenerationRequest) -> Future[Generation]:
         """Queue a generation."""
-        work = self._prepare(request, request.messages, request.max_new_tokens)
-        return self._batcher.submit(Job("generate", len(work.tokens) + request.max_new_tokens, work))
+        return self._submit("generate", request, request.max_new_tokens)
 
     def score(self, request: ScoreRequest) -> Future[Scores]:
         """Queue a scoring of option letters."""
-        work = self._prepare(request, request.messages, 1)
-        return self._batcher.submit(Job("score", len(work.tokens) + 1, work))
+        return self._submit("score", request, 1)
+
+    def _submit(self, kind: str, request: GenerationRequest | ScoreRequest, new_tokens: int) -> Future[Any]:
+        """Queue a request; what is wrong with it fails its future."""
+        steering = request.steering
+        if steering and steering.positions == "generated":
+            kind = f"{kind} {_SHARED}"
+        job = Job(kind, 0, _Work(request, []), self._timeout if request.timeout is None else request.timeout)
+        try:
+            self._check(request)
+            job.payload = self._prepare(request, request.messages, new_tokens)
+        except VispaError as error:
+            job.fail(error)
+            return job.future
+        except Exception as error:
+            # The text of the error may quote the conversation: it stays in the cause.
+            ours = InputError(f"The conversation cannot be put into a prompt ({type(error).__name__}). Give turns with a role and a text.")
+            ours.__cause__ = error
+            job.fail(ours)
+            return job.future
+        job.size = len(job.payload.tokens) + new_tokens
+        return self._batcher.submit(job)
 
     def read(self, conversations: Sequence[str | Sequence[Message]], progress: Callable[[int], None] | None = None) -> Floats:
         """The states at the last token of each text, [texts, depth, width]; batched by length.
@@ -206,7 +267,7 @@ class HuggingFaceEngine:
         for start in range(0, len(order), rows):
             chunk = order[start : start + rows]
             jobs = [Job[_Work]("read", len(tokens[index]), _Work(None, tokens[index])) for index in chunk]
-            futures = [self._batcher.submit(job) for job in jobs]
+            futures = [self._batcher.submit(job, bounded=False) for job in jobs]
             for index, future in zip(chunk, futures, strict=True):
                 states[index] = future.result()
             if progress:
@@ -216,13 +277,28 @@ class HuggingFaceEngine:
     def close(self) -> None:
         """Finish what is running, refuse the rest, take the hooks off."""
         self._batcher.close()
-        self._hooks.remove()
 
     # Prompts
 
+    def _check(self, request: GenerationRequest | ScoreRequest) -> None:
+        """Refuse what would fail in the batch, where it would take its neighbours along."""
+        if isinstance(request, GenerationRequest):
+            if request.max_new_tokens < 1:
+                raise InputError(f"max_new_tokens is {request.max_new_tokens}: ask for at least 1.")
+            if not 0 <= request.temperature < math.inf:
+                raise InputError(f"The temperature {request.temperature} is not a number from 0.")
+        elif not 1 <= len(request.letters) <= 26:
+            raise InputError(f"{len(request.letters)} option letters cannot be scored. Give 1 to 26.")
+        for part in request.steering.parts if request.steering else ():
+            if not math.isfinite(part.strength) or not 0 < part.target_probability < 1:
+                raise InputError("A strength must be a finite number, and a target probability lie between 0 and 1.")
+            self._check_direction(part.direction)
+        if request.steering and request.steering.positions == "generated" and self._sharing_problem:
+            raise UnsteerableModelError(
+                f"{type(self._model).__name__} cannot be steered at generated positions only: {self._sharing_problem}. Steer all positions."
+            )
+
     def _prepare(self, request: GenerationRequest | ScoreRequest, messages: Sequence[Message], new_tokens: int) -> _Work:
-        if request.steering:
-            self._check_direction(request.steering.direction)
         tokens = self._chat_tokens(messages)
         room = self._context() - new_tokens
         if len(tokens) <= room:
@@ -236,7 +312,6 @@ class HuggingFaceEngine:
         return _Work(request, tokens[:head] + tokens[len(tokens) - (room - head) :], cut=len(tokens) - room)
 
     def _check_direction(self, direction: Direction) -> None:
-        """Refuse what would fail in the batch, where it would take its neighbours along."""
         check_layers(direction.layers, self.depth)
         if direction.vectors.shape != (len(direction.layers), self.width):
             raise UnsteerableModelError(
@@ -282,20 +357,34 @@ class HuggingFaceEngine:
     # Batches, in the worker thread
 
     def _run(self, jobs: Sequence[Job[_Work]]) -> None:
-        run = {"generate": self._run_generate, "score": self._run_score, "read": self._run_read}[jobs[0].kind]
         with torch.inference_mode():
             for group in self._fitting(jobs):
-                try:
-                    run(group)
-                    left: list[Job[_Work]] = []
-                except Exception as error:
-                    left = [job for job in group if not job.future.done()]
-                    if len(group) == 1 and left:
-                        left.pop().future.set_exception(error)
-                # One request's failure must not become its neighbours': those still open run by themselves, once the failed batch's
-                # memory is free.
+                self._run_group(group)
+
+    def _run_group(self, jobs: Sequence[Job[_Work]]) -> None:
+        """Run jobs in one batch; where it fails, in smaller ones, so that no request's failure becomes its neighbours'."""
+        run = {"generate": self._run_generate, "score": self._run_score, "read": self._run_read}[jobs[0].kind.split()[0]]
+        try:
+            run(jobs)
+            return
+        except Exception as error:
+            left = [job for job in jobs if not job.dropped()]
+            memory = _out_of_memory(error)
+            if len(jobs) == 1:
                 for job in left:
-                    self._run([job])
+                    job.fail(_memory_error(job) if memory else as_ours(error))
+                return
+        # Only here, with the error and the frames it holds gone, is the batch's memory free.
+        size = 1
+        if memory:
+            size = (len(left) + 1) // 2
+            _log.warning("A batch of %d rows did not fit into memory; its %d open requests run in batches of %d.", len(jobs), len(left), size)
+            for job in left:
+                job.halved += 1
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        for start in range(0, len(left), size):
+            self._run_group(left[start : start + size])
 
     def _fitting(self, jobs: Sequence[Job[_Work]]) -> list[list[Job[_Work]]]:
         """The jobs in groups whose longest prompt and longest answer fit the context together: a row that is done goes on counting positions."""
@@ -314,10 +403,11 @@ class HuggingFaceEngine:
         requests = [cast(GenerationRequest, job.payload.request) for job in jobs]
         plan = BatchPlan([request.steering for request in requests], self._model.device)
         rows = [_Row(self._tokenizer, job, request, self._stops()) for job, request in zip(jobs, requests, strict=True)]
+        width = max(len(job.payload.tokens) for job in jobs)
 
         def finished(row: _Row) -> None:
             job, request = row.job, row.request
-            job.future.set_result(
+            job.finish(
                 Generation(
                     text=row.text,
                     prompt_tokens=len(job.payload.tokens),
@@ -326,24 +416,24 @@ class HuggingFaceEngine:
                     steering=plan.report(rows.index(row)) if request.steering else None,
                     cut_tokens=job.payload.cut,
                     batch_rows=len(jobs),
+                    batch_width=width,
+                    dtype=self._dtype,
+                    halved=job.halved,
                 )
             )
 
-        sampler = _Sampler(requests, self._model.device)
-        with self._hooks.steering(plan):
-            self._forward(
-                jobs,
-                max_new_tokens=max(request.max_new_tokens for request in requests),
-                streamer=_Rows(rows, finished),
-                logits_processor=LogitsProcessorList([sampler]),
-                stopping_criteria=StoppingCriteriaList([_Finished(rows)]),
-            )
+        self._forward(
+            jobs,
+            plan,
+            max_new_tokens=max(request.max_new_tokens for request in requests),
+            logits_processor=LogitsProcessorList([_Sampler(requests, self._model.device)]),
+            stopping_criteria=StoppingCriteriaList([_Rows(rows, finished, self._batcher.sweep)]),
+        )
 
     def _run_score(self, jobs: Sequence[Job[_Work]]) -> None:
         requests = [cast(ScoreRequest, job.payload.request) for job in jobs]
         plan = BatchPlan([request.steering for request in requests], self._model.device)
-        with self._hooks.steering(plan):
-            output = self._forward(jobs, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
+        output = self._forward(jobs, plan, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
         logits = output.logits[0].float().cpu()  # [rows, vocabulary]
         if torch.isnan(logits).any():
             raise NonFiniteError("The model's logits are not finite. Try dtype float32 or bfloat16, or a smaller strength.")
@@ -352,11 +442,11 @@ class HuggingFaceEngine:
             letters = torch.stack([probabilities[self._spellings(letter)].sum() for letter in request.letters])
             mass = float(letters.sum())
             if not mass > 0:
-                job.future.set_exception(
+                job.fail(
                     NonFiniteError("The model gives none of the option letters any probability. Ask it with fewer options or choose another model.")
                 )
                 continue
-            job.future.set_result(Scores(tuple(float(p) for p in letters / mass), mass, job.payload.cut))
+            job.finish(Scores(tuple(float(p) for p in letters / mass), mass, job.payload.cut))
 
     def _run_read(self, jobs: Sequence[Job[_Work]]) -> None:
         tokens = [job.payload.tokens for job in jobs]
@@ -366,36 +456,67 @@ class HuggingFaceEngine:
         for row, sequence in enumerate(tokens):  # padded right: positions count from the first token in every architecture
             ids[row, : len(sequence)] = torch.tensor(sequence)
             mask[row, : len(sequence)] = 1
+        options = {"logits_to_keep": 1} if self._keeps_logits else {}
         with self._hooks.recording(mask.sum(-1) - 1) as states:
-            self._model(input_ids=ids.to(self._model.device), attention_mask=mask.to(self._model.device), use_cache=False, logits_to_keep=1)
+            self._model(input_ids=ids.to(self._model.device), attention_mask=mask.to(self._model.device), use_cache=False, **options)
         stacked = torch.stack(states, dim=1)  # [rows, depth, width]
         if not torch.isfinite(stacked).all():
             raise NonFiniteError("The model's activations are not finite. Try dtype float32 or bfloat16.")
         for job, state in zip(jobs, stacked, strict=True):
-            job.future.set_result(state.numpy())
+            job.finish(state.numpy())
 
-    def _forward(self, jobs: Sequence[Job[_Work]], **options: Any) -> Any:
-        """Run Hugging Face's own `generate` over left-padded prompts, greedily and without the model's own generation settings."""
-        width = max(len(job.payload.tokens) for job in jobs)
-        ids = torch.full((len(jobs), width), self._tokenizer.pad_token_id)
+    def _forward(self, jobs: Sequence[Job[_Work]], plan: BatchPlan, **options: Any) -> Any:
+        """Generate with a plan; for jobs that share prompts, over caches of all but their last token, read once and unsteered."""
+        prompts = [job.payload.tokens for job in jobs]
+        cache = self._prompt_cache(prompts) if jobs[0].kind.endswith(_SHARED) else None
+        with self._hooks.steering(plan):
+            return self._decode(*self._padded(prompts), past_key_values=cache, **options)
+
+    def _two_steps(self, prompts: Sequence[Sequence[int]], shared: bool) -> torch.Tensor:
+        """Logits [rows, 2, vocabulary] of the first two steps after each prompt, the token between them always the same."""
+        with torch.inference_mode():
+            cache = self._prompt_cache(prompts) if shared else None
+            always = LogitsProcessorList([_Always(1)])
+            options: dict[str, Any] = {"max_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True}
+            output = self._decode(*self._padded(prompts), past_key_values=cache, logits_processor=always, stops=False, **options)
+            return torch.stack(output.logits, dim=1)
+
+    def _prompt_cache(self, prompts: Sequence[Sequence[int]]) -> Any:
+        """The keys and values of each prompt without its last token, one row each; equal prompts are read once. None where that is nothing."""
+        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        ids, mask = self._padded(list(distinct))
+        if ids.shape[1] < 2:
+            return None
+        cache = self._decode(ids[:, :-1], mask[:, :-1], max_new_tokens=1, return_dict_in_generate=True).past_key_values
+        cache.batch_select_indices(torch.tensor([distinct[tuple(prompt)] for prompt in prompts]))
+        return cache
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts as ids and mask [rows, width], padded left."""
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), self._tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
-        for row, job in enumerate(jobs):
-            ids[row, width - len(job.payload.tokens) :] = torch.tensor(job.payload.tokens)
-            mask[row, width - len(job.payload.tokens) :] = 1
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        return ids.to(self._model.device), mask.to(self._model.device)
+
+    def _decode(self, ids: torch.Tensor, mask: torch.Tensor, *, max_new_tokens: int, stops: bool = True, **options: Any) -> Any:
+        """Run Hugging Face's own `generate`, greedily and without the model's own generation settings."""
         settings = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=False,
             num_beams=1,
-            max_new_tokens=options.pop("max_new_tokens"),
-            eos_token_id=self._stops(),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self._stops() if stops else None,
             pad_token_id=self._tokenizer.pad_token_id,
             return_dict_in_generate=options.pop("return_dict_in_generate", False),
             output_logits=options.pop("output_logits", False),
         )
         # `generate` would fill what is unset from the model's own settings (sampling, penalties): they must not decide here.
         own, self._model.generation_config = self._model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
-        device = self._model.device
+        given = {name: option for name, option in options.items() if option is not None}
         try:
-            return cast(Any, self._model).generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings, **options)
+            return cast(Any, self._model).generate(input_ids=ids, attention_mask=mask, generation_config=settings, **given)
         finally:
             self._model.generation_config = own
 
@@ -434,6 +555,8 @@ class _Row:
         else:
             self.tokens.append(token)
             self.done = len(self.tokens) >= self.request.max_new_tokens
+        if not self.done and not self.request.on_token:
+            return  # nobody reads the text before it is whole
         # Tidying would take back spaces that have been passed on.
         text = cast(str, self._tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         # A character may span several tokens: wait for the rest of it, unless there is no more.
@@ -444,35 +567,22 @@ class _Row:
                 self.job.payload.streamed = len(text)
 
 
-class _Rows(BaseStreamer):
-    """Hands each new token to its row, and reports rows as they finish."""
+class _Rows(StoppingCriteria):
+    """Hands each new token to its row, reports rows as they finish, gives up those that nobody waits for, and stops both."""
 
-    def __init__(self, rows: Sequence[_Row], finished: Callable[[_Row], None]) -> None:
-        self._rows, self._finished, self._prompt_seen = rows, finished, False
+    def __init__(self, rows: Sequence[_Row], finished: Callable[[_Row], None], sweep: Callable[[], None]) -> None:
+        self._rows, self._finished, self._sweep = rows, finished, sweep
 
-    def put(self, value: torch.Tensor) -> None:
-        if not self._prompt_seen:  # the first call holds the prompts
-            self._prompt_seen = True
-            return
-        for row, token in zip(self._rows, value.flatten().tolist(), strict=True):
-            if not row.done:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self._sweep()
+        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
+            if not row.done and row.job.dropped():
+                row.done = True
+            elif not row.done:
                 row.add(token)
                 if row.done:
                     self._finished(row)
-
-    def end(self) -> None:
-        pass
-
-
-class _Finished(StoppingCriteria):
-    """Stops each row at its own limit."""
-
-    def __init__(self, rows: Sequence[_Row]) -> None:
-        self._rows, self._steps = rows, 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        self._steps += 1
-        return torch.tensor([self._steps >= row.request.max_new_tokens for row in self._rows], device=input_ids.device)
+        return torch.tensor([row.done for row in self._rows], device=input_ids.device)
 
 
 class _Sampler(LogitsProcessor):
@@ -482,79 +592,31 @@ class _Sampler(LogitsProcessor):
     """
 
     def __init__(self, requests: Sequence[GenerationRequest], device: torch.device) -> None:
-        self._temperatures = [request.temperature for request in requests]
-        self._generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+        # On the processor, a seed draws the same everywhere; to move the noise to a GPU in each step would cost more than the step.
+        self._device = device if device.type == "cuda" else torch.device("cpu")
+        sampled = [(row, request) for row, request in enumerate(requests) if request.temperature > 0]
+        self._rows = [(row, request.temperature, torch.Generator(self._device).manual_seed(request.seed)) for row, request in sampled]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if torch.isnan(scores).any():
             raise NonFiniteError("The model's logits are not finite. Try dtype float32 or bfloat16, or a smaller strength.")
-        for row, temperature in enumerate(self._temperatures):
-            if temperature > 0:
-                uniform = torch.rand(scores.shape[-1], generator=self._generators[row], dtype=torch.float64).clamp(min=1e-300)
-                scores[row] = scores[row] / temperature - (-uniform.log()).log().to(scores)
+        for row, temperature, generator in self._rows:
+            # Minus the logarithm of an exponential variable is a Gumbel variable.
+            waiting = torch.empty(scores.shape[-1], dtype=torch.float64, device=self._device).exponential_(generator=generator)
+            scores[row] = scores[row] / temperature - waiting.clamp(min=1e-300).log().to(scores)
         return scores
 
 
-def check_steerable(model: PreTrainedModel, blocks: torch.nn.ModuleList) -> None:
-    """Check on a few tokens that what the blocks return is the residual stream.
+class _Always(LogitsProcessor):
+    """Leaves one token to choose."""
 
-    At every block but the last (behind which the final norm comes), the output must be the model's next hidden state, and a vector
-    added to the output of the middle block must arrive in the next block unchanged. No token may see the tokens after it.
+    def __init__(self, token: int) -> None:
+        self._token = token
 
-    Raises:
-        UnsteerableModelError: It is not so.
-        NotCausalError: A token sees the tokens after it, as in an encoder.
-        NonFiniteError: The states are not finite.
-    """
-    complaint = f"{type(model).__name__} cannot be steered: "
-    config = model.config.get_text_config(decoder=True)
-    ids = torch.arange(1, 7, device=model.device)[None] % config.vocab_size
-    seen: list[torch.Tensor] = []
-    handles = [block.register_forward_hook(lambda _m, _i, output: seen.append(block_output(output))) for block in blocks]
-    try:
-        with torch.inference_mode():
-            states = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-            first_pass, seen = seen, []
-            model(input_ids=torch.cat([ids[:, :-1], ids[:, :1]], dim=1), use_cache=False)
-            other_end, seen = seen, first_pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    if states is None or len(seen) != len(blocks) or len(states) < len(blocks) + 1:
-        raise UnsteerableModelError(complaint + "its blocks do not each run once in a forward pass.")
-    if not all(torch.isfinite(state).all() for state in seen):
-        raise NonFiniteError(
-            f"The activations of {type(model).__name__} are not finite. Try dtype float32 or bfloat16, or another copy of the weights."
-        )
-    if not all(torch.allclose(one[:, :-1], other[:, :-1], atol=1e-4, rtol=1e-3) for one, other in zip(seen, other_end, strict=True)):
-        raise NotCausalError(
-            f"{type(model).__name__} lets a token see the tokens after it, so it does not generate text. Choose a causal language model."
-        )
-    for layer in range(len(blocks) - 1):
-        if not torch.allclose(seen[layer], states[layer + 1], atol=1e-4, rtol=1e-3):
-            raise UnsteerableModelError(complaint + f"what block {layer} returns is not the model's hidden state {layer + 1}.")
-    if len(blocks) < 2:
-        return
-    middle = (len(blocks) - 2) // 2
-    vector = torch.linspace(-1, 1, seen[middle].shape[-1], device=seen[middle].device, dtype=seen[middle].dtype)
-    arrived: list[torch.Tensor] = []
-
-    def add(_module: object, _inputs: object, output: Any) -> Any:
-        steered = block_output(output) + vector
-        return (steered, *output[1:]) if isinstance(output, tuple) else steered
-
-    def receive(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arrived.append(args[0] if args else kwargs["hidden_states"])
-
-    handles = [blocks[middle].register_forward_hook(add), blocks[middle + 1].register_forward_pre_hook(receive, with_kwargs=True)]
-    try:
-        with torch.inference_mode():
-            model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not torch.equal(arrived[0], seen[middle] + vector.to(seen[middle])):
-        raise UnsteerableModelError(complaint + f"a vector added at block {middle} does not arrive in block {middle + 1}.")
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        only = torch.full_like(scores, -torch.inf)
+        only[:, self._token] = 0
+        return only
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -579,6 +641,17 @@ def _load_error(model: str, error: Exception) -> Exception:
     return ModelNotFoundError(
         f"{model} is neither a folder here nor a model that could be fetched from the hub ({_first_line(error)}). "
         "Check the name and the network, or give the folder of a model saved before."
+    )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; on the processor torch has no error class for that."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def _memory_error(job: Job[_Work]) -> EngineMemoryError:
+    return EngineMemoryError(
+        f"One request of {job.size} tokens does not fit into memory by itself. Shorten the prompt, ask for fewer new tokens, or load the model in bfloat16."
     )
 
 

@@ -30,7 +30,7 @@ async def asteer(task: SteerTask, config: RunnableConfig, *, resources: Resource
 
 def _labelled(task: SteerTask, model: SteeredChatModel, config: RunnableConfig) -> RunnableConfig:
     """The run's configuration with a stable name and tags for viewers; never any user text."""
-    method = model.steering.direction.method if model.steering else "unsteered"
+    method = model.steering.method if model.steering else "unsteered"
     labels: RunnableConfig = {
         "run_name": f"steer {task['value']}",
         "tags": [*config.get("tags", []), f"mode:{task['mode']}", f"method:{method}"],
@@ -43,7 +43,7 @@ def _facts(steering: Steering | None, report: dict[str, Any] | None) -> Steering
     if steering is None or report is None:
         return None
     return SteeringFacts(
-        method=steering.direction.method,
+        method=steering.method,
         layers=report["layers"],
         magnitude=report["magnitude"],
         before=report["before"],

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +36,8 @@ from vispa_graph.quiet import quiet
 
 # Contrastive sentences longer than this are cut (the paper's setting).
 _READ_TOKENS = 256
+# Longest entry of a vocabulary that may be a letter, with what marks a blank before it: "\u2581", "\u0120", "\u010a".
+_SPELLING = 4
 
 
 @dataclass(eq=False)
@@ -85,7 +88,8 @@ class HuggingFaceEngine:
         except BaseException:
             self._hooks.remove()
             raise
-        self._fingerprint = fingerprint(model)
+        self._fingerprint = fingerprint(model, tokenizer)
+        self._letters: dict[str, list[int]] = {}
         self._lock = threading.Lock()
         self._batcher: Batcher[_Work] = Batcher(self._run, linger=linger, capacity=capacity)
         self._capacity = capacity
@@ -153,7 +157,7 @@ class HuggingFaceEngine:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over a sample of every parameter, 64 hex digits."""
+        """See the function `fingerprint`."""
         return self._fingerprint
 
     @property
@@ -349,14 +353,18 @@ class HuggingFaceEngine:
             raise NonFiniteError("The model's logits are not finite. Try dtype float32 or bfloat16, or a smaller strength.")
         for row, (job, request) in enumerate(zip(jobs, requests, strict=True)):
             probabilities = logits[row].double().softmax(-1)
-            letters = torch.stack([probabilities[self._spellings(letter)].sum() for letter in request.letters])
+            spellings = [self._spellings(letter) for letter in request.letters]
+            letters = torch.stack([probabilities[ids].sum() for ids in spellings])
             mass = float(letters.sum())
             if not mass > 0:
                 job.future.set_exception(
                     NonFiniteError("The model gives none of the option letters any probability. Ask it with fewer options or choose another model.")
                 )
                 continue
-            job.future.set_result(Scores(tuple(float(p) for p in letters / mass), mass, job.payload.cut))
+            scores = Scores(tuple(float(p) for p in letters / mass), mass, job.payload.cut)
+            if request.full:
+                scores = replace(scores, logits=logits[row].numpy().copy(), spellings=tuple(map(tuple, spellings)))
+            job.future.set_result(scores)
 
     def _run_read(self, jobs: Sequence[Job[_Work]]) -> None:
         tokens = [job.payload.tokens for job in jobs]
@@ -408,13 +416,16 @@ class HuggingFaceEngine:
         return self._stop_ids
 
     def _spellings(self, letter: str) -> list[int]:
-        """Ids of the single tokens that read as the letter, with or without a space before it."""
-        found = {ids[-1] for text in (letter, f" {letter}") if len(ids := self._tokenize(text, add_special_tokens=False)) == 1}
-        if not found:
-            raise UnsteerableModelError(
-                f"The tokenizer has no single token for the option letter {letter}, so options cannot be scored with this model."
-            )
-        return sorted(found)
+        """Ids of all tokens of the vocabulary that read as the letter, with or without blanks around it."""
+        if letter not in self._letters:
+            short = [(text, number) for text, number in self._tokenizer.get_vocab().items() if letter in text and len(text) <= _SPELLING]
+            found = sorted(number for _, number in short if str(self._tokenizer.decode([number])).strip() == letter)
+            if not found:
+                raise UnsteerableModelError(
+                    f"The tokenizer has no single token for the option letter {letter}, so options cannot be scored with this model."
+                )
+            self._letters[letter] = found
+        return self._letters[letter]
 
 
 class _Row:
@@ -557,13 +568,21 @@ def check_steerable(model: PreTrainedModel, blocks: torch.nn.ModuleList) -> None
         raise UnsteerableModelError(complaint + f"a vector added at block {middle} does not arrive in block {middle + 1}.")
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over names, shapes and a strided sample of up to 1024 numbers of every parameter."""
+def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256, 64 hex digits, over all that decides a state read from a text.
+
+    That is names, shapes and a strided sample of up to 1024 numbers of every parameter, the dtype, the tokenizer and its chat template.
+    """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         flat = parameter.detach().reshape(-1)
         digest.update(flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy().tobytes())
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    # Truncation and padding are a state that every call may change.
+    rules = {k: v for k, v in json.loads(fast.to_str()).items() if k not in ("truncation", "padding")} if fast else tokenizer.get_vocab()
+    identity = [str(model.dtype), rules, tokenizer.special_tokens_map, tokenizer.chat_template]
+    digest.update(json.dumps(identity, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 

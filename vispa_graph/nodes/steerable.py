@@ -8,7 +8,7 @@ from typing import Any
 from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableConfig
 
-from vispa_graph.attributes import read_attribute
+from vispa_graph.attributes import ATTRIBUTE, read_attribute
 from vispa_graph.composing import attribute_sentences, nearest_comment, split_sentences
 from vispa_graph.errors import AggregationError
 from vispa_graph.nodes.distributional import in_words, option_distribution
@@ -54,6 +54,11 @@ def _choose(state: State, comments: list[Comment], config: RunnableConfig, resou
         for comment in comments:
             if comment["value"] == value:
                 return comment, "the attribute names this value", []
+    for comment in comments:
+        if comment["value"] == ATTRIBUTE:
+            if len(comments) == 1 or resources.steers_toward(asked):
+                return comment, "made by steering toward the attribute itself", []
+            comments = [other for other in comments if other is not comment]
     attribute = read_attribute(asked)
     nearest = nearest_comment(attribute.text, comments, resources.taxonomy, resources.encoder)
     if resources.composes:

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from tiny_models import DEPTH, WIDTH, tiny_engine
 
-from vispa_graph.engine.directions import FitSettings, fit_direction, fit_directions, separates
+from vispa_graph.engine.directions import FitSettings, ReadOnce, fit_direction, fit_directions, separates
 from vispa_graph.engine.fake import FakeEngine
 from vispa_graph.engine.methods import first_component, fit_probe
 from vispa_graph.engine.pairs import make_twins
@@ -490,6 +490,16 @@ def test_processes_that_fit_at_once_leave_a_whole_store(tmp_path):
     assert engine.read_texts == []
     fresh = stored(tmp_path / "other", PlantedEngine(NAMES))
     assert all(np.array_equal(found[name].vectors, fresh[name].vectors) for name in NAMES)
+
+
+def test_several_methods_can_share_one_reading(values):
+    engine = PlantedEngine(NAMES)
+    once = ReadOnce(engine)
+    for method in METHODS:
+        shared = fit_directions(once, values, FitSettings(method, LAYERS))
+        alone = fit_directions(PlantedEngine(NAMES), values, FitSettings(method, LAYERS))
+        assert all(np.array_equal(shared[name].vectors, alone[name].vectors) for name in NAMES)
+    assert sorted(engine.read_texts) == sorted(sentences(values))
 
 
 # On models

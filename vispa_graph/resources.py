@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from vispa_graph.chat_model import SteeredChatModel
     from vispa_graph.engine.dictionary import SparseDictionary
-    from vispa_graph.engine.directions import FitSettings
+    from vispa_graph.engine.directions import FitSettings, ReadOnce
 
 T = TypeVar("T")
 # Room for an aggregated answer, as in the paper.
@@ -258,17 +258,21 @@ class Resources:
 
     def _fit(self, values: Iterable[Value], fit: FitSettings) -> dict[str, Direction]:
         """The directions of values, from the store where they are there."""
-        from vispa_graph.engine.directions import fit_directions
+        from vispa_graph.engine.directions import ReadOnce, fit_directions
         from vispa_graph.engine.store import DirectionStore, folder_name, manifest_key
 
-        dictionary, name = self._find_dictionary(fit) if fit.method == "sae" else (None, None)
+        reader: Engine | ReadOnce = self.engine
+        dictionary, name = None, None
+        if fit.method == "sae":  # what the dictionary is learned from is read again to fit
+            reader = once = ReadOnce(self.engine)
+            dictionary, name = self._find_dictionary(fit, once)
         key = manifest_key(self.engine, fit, revision=self.settings.revision, dictionary=name)
         folder = self.settings.cache / "directions" / folder_name(key)
         store = DirectionStore(folder, key, model_name=self.engine.name, shipped=embedded_folder() / "directions")
         progress = partial(self._progress, "fitting directions") if self._progress else None
-        return fit_directions(self.engine, values, fit, progress, dictionary=dictionary, store=store)
+        return fit_directions(reader, values, fit, progress, dictionary=dictionary, store=store)
 
-    def _find_dictionary(self, fit: FitSettings) -> tuple[SparseDictionary, str]:
+    def _find_dictionary(self, fit: FitSettings, reader: ReadOnce) -> tuple[SparseDictionary, str]:
         """The sparse dictionary of the settings, or one learned from the states of the taxonomy's sentences and kept in the cache.
 
         With it what tells it from others.
@@ -280,10 +284,10 @@ class Resources:
         if self.settings.dictionary is not None:
             given = open_dictionary(self.settings.dictionary, fit.layers)
             return given, given.fingerprint
-        folder = self.settings.cache / "dictionaries" / folder_name(corpus_key(self.engine, self.taxonomy, fit.reading))
+        folder = self.settings.cache / "dictionaries" / folder_name(corpus_key(reader, self.taxonomy, fit.reading))
         reading = partial(self._progress, "reading for the dictionary") if self._progress else None
         learning = partial(self._progress, "learning the dictionary") if self._progress else None
-        learned = learn_dictionary(folder, fit.layers, lambda layers: read_corpus(self.engine, self.taxonomy, fit.reading, layers, reading), learning)
+        learned = learn_dictionary(folder, fit.layers, lambda layers: read_corpus(reader, self.taxonomy, fit.reading, layers, reading), learning)
         return learned, folder.name
 
     def _make_chat_model(self) -> SteeredChatModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -63,7 +64,7 @@ class _Task:
 
 
 def fit_directions(
-    engine: Engine,
+    engine: Engine | ReadOnce,
     values: Iterable[Value],
     settings: FitSettings,
     progress: Callable[[int, int], None] | None = None,
@@ -134,24 +135,43 @@ def fit_direction(
     return Direction(value, settings.method, settings.layers, vectors, bias, chosen, accuracy, None if held is None else held_out)
 
 
+class ReadOnce:
+    """Reads through an engine and remembers the states, [depth, width] a prompt: several fits on the same sentences read them once."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.fingerprint = engine.fingerprint
+        self._engine = engine
+        self._states: dict[str, Floats] = {}
+
+    def read(self, conversations: Sequence[Prompt], progress: Callable[[int], None] | None = None) -> Floats:
+        """As `Engine.read`."""
+        names = [json.dumps(conversation) for conversation in conversations]
+        new = {name: conversation for name, conversation in zip(names, conversations, strict=True) if name not in self._states}
+        if new:
+            self._states |= dict(zip(new, self._engine.read(list(new.values()), progress), strict=True))
+        if progress and len(new) < len(names):
+            progress(len(names) - len(new))
+        return np.stack([self._states[name] for name in names])
+
+
 def separates(direction: Direction) -> bool:
     """Whether a direction tells sentences apart that it was not fitted on, in the mean over its blocks; True where that was not measured."""
     return direction.held_out is None or float(direction.held_out.mean()) >= SEPARATES
 
 
-def read_states(engine: Engine, prompts: Sequence[Prompt], layers: Sequence[int], advance: Callable[[int], None] | None = None) -> Floats:
+def read_states(engine: Engine | ReadOnce, prompts: Sequence[Prompt], layers: Sequence[int], advance: Callable[[int], None] | None = None) -> Floats:
     """The states of prompts at some blocks, [prompts, L, d]."""
     return engine.read(prompts, advance)[:, list(layers)]
 
 
-def corpus_key(engine: Engine, values: Iterable[Value], reading: Reading) -> dict[str, object]:
+def corpus_key(engine: Engine | ReadOnce, values: Iterable[Value], reading: Reading) -> dict[str, object]:
     """What a dictionary learned on the sentences of some values depends on."""
     sources = [digest(make_twins(value.all_pairs, reading), ()) for value in values]
     return {"model": engine.fingerprint, "read": sources, **RECIPE}
 
 
 def read_corpus(
-    engine: Engine, values: Iterable[Value], reading: Reading, layers: Sequence[int], progress: Callable[[int, int], None] | None = None
+    engine: Engine | ReadOnce, values: Iterable[Value], reading: Reading, layers: Sequence[int], progress: Callable[[int, int], None] | None = None
 ) -> Floats:
     """The states [prompts, L, d] of both sides of all pairs of some values."""
     twins = [make_twins(value.all_pairs, reading) for value in values]
@@ -179,7 +199,7 @@ def _tasks(values: Sequence[Value], settings: FitSettings, store: DirectionStore
 
 
 def _fit(
-    engine: Engine,
+    engine: Engine | ReadOnce,
     tasks: Sequence[_Task],
     twins: Mapping[str, Twins],
     settings: FitSettings,
@@ -227,7 +247,7 @@ def _chunks(items: Sequence[T]) -> list[Sequence[T]]:
     return [items[start : start + _TOGETHER] for start in range(0, len(items), _TOGETHER)]
 
 
-def _read_sides(engine: Engine, sides: Mapping[str, Sequence[Prompt]], layers: Sequence[int], advance: Callable[[int], None]) -> dict[str, Floats]:
+def _read_sides(engine: Engine | ReadOnce, sides: Mapping[str, Sequence[Prompt]], layers: Sequence[int], advance: Callable[[int], None]) -> dict[str, Floats]:
     """The states [prompts, L, d] of several lists of prompts, read in one batch."""
     states = read_states(engine, [prompt for prompts in sides.values() for prompt in prompts], layers, advance)
     ends = np.cumsum([len(prompts) for prompts in sides.values()])

@@ -11,12 +11,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
@@ -136,7 +134,7 @@ def distribution_ratio(engine: HuggingFaceEngine, rounds: int, new_tokens: int) 
     return found, found["comment and score"] / found["direct"]
 
 
-def probe_seconds(taxonomy: Taxonomy, blocks: int = 24, width: int = 896) -> float:
+def probe_seconds(taxonomy: Iterable[Value], blocks: int = 24, width: int = 896) -> float:
     """Seconds for the probes of all values at 24 blocks of width 896, with their held-out accuracies.
 
     The states are random, with dimensions as unequal in size as those of a language model.
@@ -163,21 +161,18 @@ def main() -> None:
     args = parser.parse_args()
     taxonomy, engine = Taxonomy.load(), load()
     values = list(taxonomy)[: args.values]
+    size = sum(p.numel() for p in engine._model.parameters()) / 1e6
+    print(f"{size:.0f}M parameters, {torch.get_num_threads()} threads, medians of {args.rounds} rounds\n")
+    print("| what | seconds | measured | target |\n|---|---|---|---|")
     seconds, ways = distribution_ratio(engine, args.rounds, args.new_tokens)
-    table = Table(
-        title=f"{torch.get_num_threads()} threads, medians of {args.rounds}, {sum(p.numel() for p in engine._model.parameters()) / 1e6:.0f}M"
-    )
-    for name in ("what", "seconds", "measured", "target"):
-        table.add_column(name, justify="left" if name == "what" else "right")
     told = " / ".join(f"{taken:.2f}" for taken in seconds.values())
-    table.add_row(f"comment and score ({VALUES} x {args.new_tokens} tokens) / direct distribution", told, f"{ways:.1f} x", "6 x")
+    print(f"| comment and score ({VALUES} x {args.new_tokens} tokens) / direct distribution | {told} | {ways:.1f} x | 6 x |", flush=True)
     seconds, fits = fitting_ratio(engine, values, args.rounds)
     told = " / ".join(f"{taken:.1f}" for taken in seconds.values())
-    table.add_row(f"fitting {len(values)} values, {engine.depth} blocks, three methods: one at a time / in batches", told, f"{fits:.1f} x", "2.5 x")
-    probes = probe_seconds(taxonomy)
-    table.add_row(f"probes of {len(taxonomy)} values x 24 blocks at width 896", f"{probes:.1f}", f"{probes:.1f} s", "60 s")
+    what = f"fitting {len(values)} values, {engine.depth} blocks, three methods: one sentence at a time / in batches"
+    print(f"| {what} | {told} | {fits:.1f} x | 2.5 x |", flush=True)
+    print(f"| probes of {len(taxonomy)} values x 24 blocks at width 896, with held-out accuracies | {probe_seconds(taxonomy):.1f} | | 60 s |")
     engine.close()
-    Console(width=150).print(table)
 
 
 if __name__ == "__main__":

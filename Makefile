@@ -24,6 +24,7 @@ bench: $(VENV)/.ready
 	$(RUN)python -m benchmarks.embedded_model
 	$(RUN)python -m benchmarks.startup
 	$(RUN)python -m benchmarks.engine
+	$(RUN)python -m benchmarks.fitting --values 4
 
 format: $(VENV)/.ready
 	$(RUN)ruff format .

@@ -21,10 +21,11 @@ from tiny_models import byte_tokenizer, tiny_model
 
 import vispa_graph
 from vispa_graph import cli
-from vispa_graph.engine.contract import Method
+from vispa_graph.engine.contract import Contrast, Method, Reading, Solver
 from vispa_graph.engine.fake import FakeEngine
 from vispa_graph.errors import NonFiniteError
 from vispa_graph.graph import create_graph
+from vispa_graph.settings import Distribution
 from vispa_graph.state import MODES, Output
 
 QUERY = "Should my father, 84, have surgery he does not want?"
@@ -113,7 +114,8 @@ def test_help_and_version_answer_within_half_a_second_of_processor_time():
 
 def test_the_choices_written_out_are_those_of_the_library():
     assert cli.MODES == MODES
-    assert get_args(Method) == cli.METHODS
+    choices = {cli.METHODS: Method, cli.CONTRASTS: Contrast, cli.READINGS: Reading, cli.SOLVERS: Solver, cli.DISTRIBUTIONS: Distribution}
+    assert [get_args(named) for named in choices.values()] == list(choices)
 
 
 # ask
@@ -342,7 +344,7 @@ def test_fitting_tells_the_accuracy_of_every_value_and_is_done_once(vispa, engin
     monkeypatch.setenv("VISPA_CACHE", str(tmp_path))
     reads = []
     read = engine.read
-    engine.read = lambda *arguments: reads.append(1) or read(*arguments)
+    engine.read = lambda texts, *rest: reads.extend(texts) or read(texts, *rest)
     arguments = ["fit", "--layers", "2", "--method", "mean_difference"]
     first = vispa(*arguments, "--json", env={"FORCE_COLOR": "1", "TERM": "xterm-256color"})
     fitted = json.loads(first.stdout)
@@ -352,7 +354,51 @@ def test_fitting_tells_the_accuracy_of_every_value_and_is_done_once(vispa, engin
     assert "fitting directions" in first.stderr
     told = vispa(*arguments)
     assert f"{fitted['accuracy']['honor']:.1%}" in next(line for line in told.stdout.splitlines() if line.startswith("Honor "))
-    assert reads == [1]
+    assert len(reads) == sum(2 * len(value.all_pairs) for value in taxonomy)
+
+
+def test_fitting_tells_accuracies_by_block_and_warns_of_what_does_not_separate(vispa, engine, taxonomy, tmp_path):
+    """The states of the fake engine are random: nothing separates."""
+    result = vispa("fit", "--layers", "2,3", "--method", "mean_difference", "--json", env={"VISPA_CACHE": str(tmp_path)})
+    fitted = json.loads(result.stdout)
+    for value in taxonomy.ids:
+        for kind in ("accuracy", "held_out"):
+            blocks = fitted["by_block"][value][kind]
+            assert len(blocks) == 2
+            assert fitted[kind][value] == pytest.approx(sum(blocks) / 2, abs=1e-4)
+    assert fitted["not_separating"]
+    assert all(fitted["held_out"][value] < 0.6 for value in fitted["not_separating"])
+    assert all(fitted["held_out"][value] >= 0.6 for value in set(taxonomy.ids) - set(fitted["not_separating"]))
+    assert result.stderr.startswith("vispa: warning: ")
+    assert taxonomy[fitted["not_separating"][0]].name in result.stderr
+
+
+def test_contrast_reading_and_solver_can_be_chosen_for_a_fit(vispa, engine, own_values):
+    read, heard = engine.read, []
+    engine.read = lambda texts, *rest: heard.extend(texts) or read(texts, *rest)
+    arguments = ["fit", "--contrast", "opposed+others", "--reading", "chat", "--solver", "saga", "--layers", "1", "--values", own_values, "--json"]
+    fitted = json.loads(vispa(*arguments, env={"VISPA_SHIPPED_VALUES": "false"}).stdout)
+    assert {key: fitted[key] for key in ("contrast", "reading")} == {"contrast": "opposed+others", "reading": "chat"}
+    assert heard
+    assert all(turn[0]["role"] == "user" for turn in heard)
+
+
+def test_a_fit_that_broke_off_goes_on_with_what_is_missing(vispa, engine, taxonomy, tmp_path):
+    read, heard = engine.read, []
+
+    def breaks(texts, *rest):
+        heard.extend(texts)
+        if len(heard) > 2000:
+            raise NonFiniteError("The activations are not finite. Try another dtype.")
+        return read(texts, *rest)
+
+    engine.read = breaks
+    arguments, env = ["fit", "--layers", "2", "--method", "pca", "--json"], {"VISPA_CACHE": str(tmp_path)}
+    assert refused(vispa(*arguments, env=env), "not finite")
+    engine.read, heard[:] = lambda texts, *rest: heard.extend(texts) or read(texts, *rest), []
+    assert list(json.loads(vispa(*arguments, env=env).stdout)["accuracy"]) == list(taxonomy.ids)
+    whole = sum(2 * len(value.all_pairs) for value in taxonomy)
+    assert 0 < len(heard) < whole - 900
 
 
 def test_a_small_taxonomy_of_ones_own_can_be_fitted(vispa, own_values):

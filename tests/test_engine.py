@@ -35,6 +35,8 @@ from tiny_models import (
     tiny_model,
     worker_held,
 )
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from vispa_graph.engine.contract import Direction, Engine, Generation, GenerationRequest, ScoreRequest, mix
 from vispa_graph.engine.huggingface import HuggingFaceEngine, fingerprint
@@ -1018,6 +1020,28 @@ def test_a_tokenizer_with_one_spelling_of_a_letter_is_scored_on_that_one(opened)
     assert mass != pytest.approx(plain_scores(logits, ("A", "B"), ("", "Ġ"))[1], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("blank", "decoder", "also"), [("Ġ", decoders.ByteLevel(), ["ĊA", "ĠĠA"]), ("▁", decoders.Metaspace(), ["▁▁A"])], ids=["byte level", "metaspace"]
+)
+def test_every_token_that_reads_as_the_letter_is_a_spelling_of_it_and_no_other(opened, blank, decoder, also):
+    spellings, others = ["A", f"{blank}A", *also], ["B", f"{blank}B", "AB", f"{blank}AB", "Á", "a", f"{blank}", "A."]
+    vocabulary = {token: number for number, token in enumerate([*spellings, *others, "<pad>", "<eos>"])}
+    plain = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    plain.decoder = decoder
+    engine = opened(tiny_model(), PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", eos_token="<eos>"))
+    assert engine._spellings("A") == [vocabulary[token] for token in spellings]
+
+
+def test_the_logits_of_the_whole_vocabulary_come_back_where_they_are_asked_for(engines):
+    logits, _ = Reference("llama", None).forward(ids_of(PROMPT))
+    plain, full = (engines["llama"].score(ScoreRequest(user(PROMPT), ("A", "B"), full=full)).result() for full in (False, True))
+    assert plain.logits is None
+    assert full.logits == pytest.approx(logits.numpy(), abs=1e-3)
+    assert full.probabilities == pytest.approx(plain.probabilities, rel=1e-5)
+    vocabulary = byte_tokenizer().get_vocab()
+    assert full.spellings == tuple((vocabulary[letter], vocabulary[f"Ġ{letter}"]) for letter in "AB")
+
+
 def test_the_order_of_the_letters_is_the_order_of_the_probabilities(engines):
     forward = engines["llama"].score(ScoreRequest(user(PROMPT), ("A", "B", "C"))).result()
     backward = engines["llama"].score(ScoreRequest(user(PROMPT), ("C", "B", "A"))).result()
@@ -1196,11 +1220,12 @@ def test_the_fingerprint_is_the_same_for_a_reload_and_different_for_other_weight
     folder = saved(model)
     loaded = HuggingFaceEngine.load(str(folder), linger=0.0)
     loaded.close()
-    assert loaded.fingerprint == fingerprint(model) == fingerprint(tiny_model())
-    assert fingerprint(tiny_model(seed=1)) != loaded.fingerprint
+    tokenizer = byte_tokenizer(chat=True)
+    assert loaded.fingerprint == fingerprint(model, tokenizer) == fingerprint(tiny_model(), tokenizer)
+    assert fingerprint(tiny_model(seed=1), tokenizer) != loaded.fingerprint
     with torch.no_grad():
         find_blocks(model)[3].mlp.up_proj.weight.add_(1e-3)
-    assert fingerprint(model) != loaded.fingerprint
+    assert fingerprint(model, tokenizer) != loaded.fingerprint
 
 
 def test_a_saved_model_answers_as_the_one_in_memory(saved, opened):

@@ -169,7 +169,7 @@ def test_it_is_heard_beside_the_values_that_the_caller_names(fake_graph):
 
 
 def test_the_main_model_chooses_the_comment_for_any_other_attribute(make_resources):
-    resources = make_resources(main_llm=FakeListChatModel(responses=["2", "As a nurse I would wait."]))
+    resources = make_resources(main_llm=FakeListChatModel(responses=["2", "As a nurse I would wait."]), fit_attributes=False)
     out = create_graph(resources=resources).invoke({"query": QUERY, "attribute": "a nurse", "values": TWO})
     assert out["chosen"] == {"value": "honor", "reason": "chosen by the main language model"}
     assert out["response"] == "As a nurse I would wait."
@@ -180,7 +180,7 @@ def test_the_main_model_chooses_the_comment_for_any_other_attribute(make_resourc
 def test_a_choice_that_cannot_be_read_is_noted_not_drawn_at_random(make_resources, answer):
     chosen = []
     for _ in range(2):
-        resources = make_resources(main_llm=FakeListChatModel(responses=[answer, "As a nurse I would wait."]))
+        resources = make_resources(main_llm=FakeListChatModel(responses=[answer, "As a nurse I would wait."]), fit_attributes=False)
         out = create_graph(resources=resources).invoke({"query": QUERY, "attribute": "a nurse", "values": TWO})
         assert any("could not be read" in note for note in out["notes"])
         chosen.append(out["chosen"])
@@ -189,9 +189,10 @@ def test_a_choice_that_cannot_be_read_is_noted_not_drawn_at_random(make_resource
 
 
 def test_a_composed_steerable_answer_says_that_the_attribute_is_no_value(make_resources):
-    out = create_graph(resources=make_resources(aggregation="compose")).invoke({"query": QUERY, "attribute": "a nurse", "values": TWO})
+    resources = make_resources(aggregation="compose", fit_attributes=False)
+    out = create_graph(resources=resources).invoke({"query": QUERY, "attribute": "a nurse", "values": TWO})
     assert out["response"] == next(c["text"] for c in out["comments"] if c["value"] == out["chosen"]["value"])
-    assert any("No comment was made from the attribute itself" in note for note in out["notes"])
+    assert any("No comment of the answer's was made from the attribute itself" in note for note in out["notes"])
 
 
 @pytest.mark.parametrize(
@@ -537,6 +538,11 @@ def test_a_host_graph_runs_it_as_a_node_with_its_own_state(fake_graph):
     out = builder.compile().invoke({"query": QUERY, "user_id": 7})
     assert out["user_id"] == 7
     assert out["response"] == fake_graph.invoke({"query": QUERY})["response"]
+
+
+def test_a_distribution_without_comments_has_a_way_past_the_steer_node(make_resources):
+    drawn = create_graph(resources=make_resources(distribution="direct")).get_graph()
+    assert ("rerank", "distributional") in {(edge.source, edge.target) for edge in drawn.edges}
 
 
 def test_two_graphs_can_share_resources(fake_resources):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from langchain_core.tracers.schemas import Run
     from rich.console import Console
 
+    from vispa_graph.engine.contract import Direction
     from vispa_graph.engine.huggingface import HuggingFaceEngine
     from vispa_graph.graph import PluralGraph
     from vispa_graph.resources import Resources
@@ -43,7 +45,11 @@ Show = Callable[..., None]
 
 # Written out, because the modules that define them are slow to import; a test compares.
 MODES = ("overton", "steerable", "distributional")
-METHODS = ("probe", "mean_difference", "pca")
+METHODS = ("probe", "mean_difference", "pca", "sae")
+CONTRASTS = ("opposed", "opposed+others")
+READINGS = ("raw", "chat")
+SOLVERS = ("exact", "saga")
+DISTRIBUTIONS = ("comments", "direct", "decoding")
 
 _REDACTED = "redacted"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -186,6 +192,7 @@ def main() -> None:
 @click.option("--max-new-tokens", type=int, help="Longest comment, in tokens.")
 @click.option("--seed", type=int, help="Seed of the sampling, where the temperature is above 0.")
 @click.option("--temperature", type=float, help="0 for greedy decoding.")
+@click.option("--distribution", type=click.Choice(DISTRIBUTIONS), help="What a distribution is read after: comments, or the steered question itself.")
 @_values_option
 @click.option("--trace", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the run as a tree of JSON, without its texts.")
 @click.option("--trace-content", is_flag=True, help="Keep the texts, which may be private, in the trace.")
@@ -205,6 +212,7 @@ def ask(
     max_new_tokens: int | None,
     seed: int | None,
     temperature: float | None,
+    distribution: str | None,
     values: tuple[Path, ...],
     trace: Path | None,
     trace_content: bool,
@@ -227,6 +235,7 @@ def ask(
         max_new_tokens=max_new_tokens,
         seed=seed,
         temperature=temperature,
+        distribution=distribution,
         top_k=top_k,
         values=values,
     )
@@ -263,28 +272,66 @@ def values_command(value_id: str | None, query: str | None, top_k: int | None, v
 
 @main.command()
 @_model_options
+@click.option("--contrast", type=click.Choice(CONTRASTS), help="What positive twins are set against.")
+@click.option("--reading", type=click.Choice(READINGS), help="Whether sentences are read bare or in a chat.")
+@click.option("--solver", type=click.Choice(SOLVERS), help="How probes are solved.")
 @_values_option
 @_json_option
-def fit(model: str | None, method: str | None, layers: tuple[float, ...] | None, values: tuple[Path, ...], as_json: bool) -> None:
-    """Fit the directions of all values, keep them in the cache, and show how well each tells its sentences apart."""
+def fit(
+    model: str | None,
+    method: str | None,
+    layers: tuple[float, ...] | None,
+    contrast: str | None,
+    reading: str | None,
+    solver: str | None,
+    values: tuple[Path, ...],
+    as_json: bool,
+) -> None:
+    """Fit the directions of all values, keep them in the cache, and show how well each tells its sentences apart.
+
+    What is in the cache is not fitted again, so that a fit that was broken off goes on where it was.
+    """
+    from vispa_graph.engine.directions import SEPARATES, separates
     from vispa_graph.resources import Resources
 
+    logging.getLogger("vispa_graph").addHandler(logging.NullHandler())  # the warnings are told below
     with _progress() as show:
         # top_k plays no part in fitting, but must fit a small taxonomy of one's own.
-        resources = Resources(_settings(model=model, method=method, layers=layers, values=values, top_k=1), progress=show)
-        with closing(resources):
+        settings = _settings(model=model, method=method, layers=layers, contrast=contrast, reading=reading, solver=solver, values=values, top_k=1)
+        with closing(Resources(settings, progress=show)) as resources:
             show("loading the model")
             name, taxonomy = resources.engine.name, resources.taxonomy
             fitted = resources.fit_settings()
             show("directions")
-            accuracy = {value: round(float(d.accuracy.mean()), 4) for value, d in resources.directions.items()}
-    facts = {"model": name, "method": fitted.method, "layers": list(fitted.layers)}
+            directions = resources.directions
+    weak = [value for value, direction in directions.items() if not separates(direction)]
+    facts = {"model": name, "method": fitted.method, "contrast": fitted.contrast, "reading": fitted.reading, "layers": list(fitted.layers)}
     if as_json:
-        _print_json(facts | {"accuracy": accuracy})
-        return
-    console = _console()
-    _print_facts(console, facts)
-    _print_table(console, ["Value", "Mean accuracy"], [[taxonomy[value].name, f"{mean:.1%}"] for value, mean in accuracy.items()])
+        _print_json(facts | _accuracies(directions) | {"not_separating": weak})
+    else:
+        console = _console()
+        _print_facts(console, facts)
+        shares = [(taxonomy[value].name, d.accuracy.mean(), None if d.held_out is None else d.held_out.mean()) for value, d in directions.items()]
+        rows = [[of, f"{seen:.1%}", "-" if unseen is None else f"{unseen:.1%}"] for of, seen, unseen in shares]
+        _print_table(console, ["Value", "Mean accuracy", "Held out"], rows)
+    if weak:
+        names = ", ".join(taxonomy[value].name for value in weak)
+        click.echo(
+            f"vispa: warning: below {SEPARATES:.0%} of the sentences held out are told apart by: {names}. Steering by these may do nothing.", err=True
+        )
+
+
+def _accuracies(directions: dict[str, Direction]) -> dict[str, Any]:
+    """Mean accuracies by value, and those of every block."""
+
+    def numbers(array: Any) -> list[float] | None:
+        return None if array is None else [round(float(number), 4) for number in array]
+
+    return {
+        "accuracy": {value: round(float(d.accuracy.mean()), 4) for value, d in directions.items()},
+        "held_out": {value: None if d.held_out is None else round(float(d.held_out.mean()), 4) for value, d in directions.items()},
+        "by_block": {value: {"accuracy": numbers(d.accuracy), "held_out": numbers(d.held_out)} for value, d in directions.items()},
+    }
 
 
 @main.command()
@@ -375,7 +422,10 @@ def _follow(graph: PluralGraph, given: dict[str, Any], config: Any, show: Show) 
                     _make_ready(resources, show)
                 except VispaError as error:
                     parts.throw(error)  # the run itself has failed, and its trace must say so
-                show("comments", 0, heard)
+                if resources.settings.distribution == "comments":
+                    show("comments", 0, heard)
+                else:  # there may be none to count
+                    show("answering")
     return cast("Output", output)
 
 

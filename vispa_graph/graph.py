@@ -11,7 +11,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command, Send
 
-from vispa_graph.attributes import read_attribute
+from vispa_graph.attributes import ATTRIBUTE, read_attribute
 from vispa_graph.engine.contract import Engine
 from vispa_graph.errors import SelectionSizeError, SettingsError
 from vispa_graph.nodes import asteer, distributional, overton, rerank, retrieve, steer, steerable
@@ -79,15 +79,21 @@ def create_graph(
         builder.add_node("review", partial(review_node, resources=resources))
         builder.add_edge("rerank", "review")
         selected_by = "review"
-    builder.add_conditional_edges(selected_by, partial(one_task_per_value, resources=resources), ["steer"])
+    without_comments = [] if resources.settings.distribution == "comments" else ["distributional"]
+    builder.add_conditional_edges(selected_by, partial(one_task_per_value, resources=resources), ["steer", *without_comments])
     builder.add_conditional_edges("steer", by_mode, list(MODES))
     for mode in MODES:
         builder.add_edge(mode, END)
     return PluralGraph.opened(builder.compile(checkpointer=checkpointer, name="vispa"), resources)
 
 
-def one_task_per_value(state: State, *, resources: Resources) -> list[Send]:
-    """A steer task for every selected value. All get the same prompt: only the activations differ."""
+def one_task_per_value(state: State, *, resources: Resources) -> list[Send] | str:
+    """A steer task for every selected value. All get the same prompt: only the activations differ.
+
+    A distribution that is read without comments needs none.
+    """
+    if state["mode"] == "distributional" and resources.settings.distribution != "comments":
+        return "distributional"
     attribute = read_attribute(state["attribute"] or "")
     if state["mode"] == "steerable" and attribute.kind == "vrd":
         prompt = load_prompt("comment_attribute").render(attribute=attribute.text, text=state["query"])
@@ -96,7 +102,8 @@ def one_task_per_value(state: State, *, resources: Resources) -> list[Send]:
     model, settings = resources.settings.model, resources.steering_fingerprint()
 
     def task(value: str) -> SteerTask:
-        return SteerTask(query=state["query"], prompt=prompt, value=value, mode=state["mode"], model=model, settings=settings)
+        asked = state["attribute"] if value == ATTRIBUTE else None
+        return SteerTask(query=state["query"], prompt=prompt, value=value, attribute=asked, mode=state["mode"], model=model, settings=settings)
 
     return [Send("steer", task(selected["id"])) for selected in state["values"]]
 

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from importlib import resources as package_files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from vispa_graph.attributes import attribute_value
 from vispa_graph.engine.contract import Contrast, Direction, Engine, Method, Reading, Steering
 from vispa_graph.errors import EngineClosedError
 from vispa_graph.settings import EMBEDDED, Settings
-from vispa_graph.taxonomy_index import Encoder, SentenceEncoder, Taxonomy, TaxonomyIndex
+from vispa_graph.taxonomy_index import Encoder, SentenceEncoder, Taxonomy, TaxonomyIndex, Value
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
 
     from vispa_graph.chat_model import SteeredChatModel
-    from vispa_graph.engine.directions import FitSettings
+    from vispa_graph.engine.dictionary import SparseDictionary
+    from vispa_graph.engine.directions import FitSettings, ReadOnce
 
 T = TypeVar("T")
 # Room for an aggregated answer, as in the paper.
 _SUMMARY_TOKENS = 300
 _EMBEDDED_NAME = "vispa-embedded"
+# How many attributes' directions are held in memory.
+_ATTRIBUTES = 64
+_log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 
 
@@ -34,7 +40,7 @@ Progress = Callable[[str, int, int], None]
 class Profile:
     """A model's own defaults, for settings left at None.
 
-    The defaults of this class are the paper's. `layers` None stands for the paper's fractions of the depth.
+    The defaults of this class are the paper's, but for `fits_attributes`. `layers` None stands for the paper's fractions of the depth.
     """
 
     method: Method = "probe"
@@ -44,6 +50,7 @@ class Profile:
     layers: tuple[float, ...] | None = None
     target_probability: float = 0.9
     max_new_tokens: int = 200
+    fits_attributes: bool = True  # knows enough of the world to be steered toward what is in no taxonomy
     note: str = ""  # what every reader of its answers must know
     composes: bool = False  # too small to write summaries: answers are composed of the comments' own sentences
 
@@ -80,6 +87,7 @@ class Resources:
             self._made["engine"] = engine
         self.encoder: Encoder = encoder or SentenceEncoder(settings.encoder)
         self.taxonomy = taxonomy or Taxonomy.load(*settings.values, shipped=settings.shipped_values, bioethics=settings.bioethics)
+        self._attribute_direction = lru_cache(_ATTRIBUTES)(self._find_attribute_direction)
 
     @property
     def profile(self) -> Profile:
@@ -128,11 +136,28 @@ class Resources:
             UnknownValueError: The taxonomy does not hold it.
         """
         value_id = self.taxonomy[value].id
-        if self.settings.strength == 0:
+        return self._steering(self.directions[value_id]) if self.settings.strength else None
+
+    def attribute_steering(self, attribute: str) -> Steering:
+        """The steering toward an attribute outside the taxonomy, from the cache or fitted now on pairs made from templates."""
+        with self._lock:
+            return self._steering(self._attribute_direction(attribute))
+
+    def steers_toward(self, attribute: str) -> bool:
+        """Whether the direction fitted for an attribute tells held-out sentences apart."""
+        from vispa_graph.engine.directions import separates
+
+        return separates(self.attribute_steering(attribute).direction)
+
+    def attribute_value(self, attribute: str | None) -> Value | None:
+        """The value that an attribute is: of the taxonomy, or made of templates so that it can be steered to; None if neither may be."""
+        if not attribute:
             return None
-        target = self.settings.target_probability
-        p0 = self.profile.target_probability if target is None else target
-        return Steering(self.directions[value_id], self.settings.strength, p0, self.settings.positions)
+        if attribute in self.taxonomy:
+            return self.taxonomy[attribute]
+        asked = self.settings.fit_attributes
+        fits = self.profile.fits_attributes if asked is None else asked
+        return attribute_value(attribute) if fits and self.settings.strength else None
 
     def fit_settings(self) -> FitSettings:
         """How directions are fitted: the settings, completed by the model's defaults.
@@ -152,6 +177,7 @@ class Resources:
             contrast=chosen.contrast or profile.contrast,
             reading=chosen.reading or profile.reading,
             regularisation=chosen.regularisation or profile.regularisation,
+            solver=chosen.solver,
         )
 
     def steering_fingerprint(self) -> str:
@@ -168,6 +194,8 @@ class Resources:
             s.contrast,
             s.reading,
             s.regularisation,
+            s.solver,
+            str(s.dictionary),
             s.layers,
             s.positions,
         ]
@@ -215,22 +243,59 @@ class Resources:
             timeout=s.timeout,
         )
 
-    def _find_directions(self) -> dict[str, Direction]:
-        from vispa_graph.engine.directions import fit_directions
-        from vispa_graph.engine.store import folder_name, is_for, load_directions, manifest_key, save_directions
+    def _steering(self, direction: Direction) -> Steering:
+        target = self.settings.target_probability
+        p0 = self.profile.target_probability if target is None else target
+        return Steering(direction, self.settings.strength, p0, self.settings.positions)
 
-        fit = self.fit_settings()
-        key = manifest_key(self.engine.fingerprint, self.taxonomy.fingerprint, fit)
-        shipped = embedded_folder() / "directions"
-        if is_for(shipped, key):
-            return load_directions(shipped, key)
-        folder = self.settings.cache / "directions" / folder_name(key)
-        if folder.exists():
-            return load_directions(folder, key)
-        progress = partial(self._progress, "fitting directions") if self._progress else None
-        directions = fit_directions(self.engine, self.taxonomy, fit, progress)
-        save_directions(folder, directions, key, model_name=self.engine.name)
+    def _find_directions(self) -> dict[str, Direction]:
+        from vispa_graph.engine.directions import separates
+
+        directions = self._fit(self.taxonomy, self.fit_settings())
+        if weak := [value for value, direction in directions.items() if not separates(direction)]:
+            _log.warning(
+                "Directions that do not tell held-out sentences apart: %s. Comments steered by them may not speak for their values.", ", ".join(weak)
+            )
         return directions
+
+    def _find_attribute_direction(self, attribute: str) -> Direction:
+        # Other values' sentences would differ from the templates in wording alone.
+        value = attribute_value(attribute)
+        return self._fit([value], replace(self.fit_settings(), contrast="opposed"))[value.id]
+
+    def _fit(self, values: Iterable[Value], fit: FitSettings) -> dict[str, Direction]:
+        """The directions of values, from the store where they are there."""
+        from vispa_graph.engine.directions import ReadOnce, fit_directions
+        from vispa_graph.engine.store import DirectionStore, folder_name, manifest_key
+
+        reader: Engine | ReadOnce = self.engine
+        dictionary, name = None, None
+        if fit.method == "sae":  # what the dictionary is learned from is read again to fit
+            reader = once = ReadOnce(self.engine)
+            dictionary, name = self._find_dictionary(fit, once)
+        key = manifest_key(self.engine, fit, revision=self.settings.revision, dictionary=name)
+        folder = self.settings.cache / "directions" / folder_name(key)
+        store = DirectionStore(folder, key, model_name=self.engine.name, shipped=embedded_folder() / "directions")
+        progress = partial(self._progress, "fitting directions") if self._progress else None
+        return fit_directions(reader, values, fit, progress, dictionary=dictionary, store=store)
+
+    def _find_dictionary(self, fit: FitSettings, reader: ReadOnce) -> tuple[SparseDictionary, str]:
+        """The sparse dictionary of the settings, or one learned from the states of the taxonomy's sentences and kept in the cache.
+
+        With it what tells it from others.
+        """
+        from vispa_graph.engine.dictionary import learn_dictionary, open_dictionary
+        from vispa_graph.engine.directions import corpus_key, read_corpus
+        from vispa_graph.engine.store import folder_name
+
+        if self.settings.dictionary is not None:
+            given = open_dictionary(self.settings.dictionary, fit.layers)
+            return given, given.fingerprint
+        folder = self.settings.cache / "dictionaries" / folder_name(corpus_key(reader, self.taxonomy, fit.reading))
+        reading = partial(self._progress, "reading for the dictionary") if self._progress else None
+        learning = partial(self._progress, "learning the dictionary") if self._progress else None
+        learned = learn_dictionary(folder, fit.layers, lambda layers: read_corpus(reader, self.taxonomy, fit.reading, layers, reading), learning)
+        return learned, folder.name
 
     def _make_chat_model(self) -> SteeredChatModel:
         from vispa_graph.chat_model import SteeredChatModel

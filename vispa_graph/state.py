@@ -131,6 +131,7 @@ class SteerTask(TypedDict):
     query: str
     prompt: str
     value: str
+    attribute: str | None  # where the value is made of it
     mode: Mode
     model: str
     settings: str  # fingerprint of the steering settings

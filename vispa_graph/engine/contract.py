@@ -16,9 +16,10 @@ import numpy.typing as npt
 
 from vispa_graph.errors import InputError
 
-Method = Literal["probe", "mean_difference", "pca"]
+Method = Literal["probe", "mean_difference", "pca", "sae"]
 Contrast = Literal["opposed", "opposed+others"]
 Reading = Literal["raw", "chat"]
+Solver = Literal["exact", "saga"]
 Positions = Literal["all", "generated"]
 Floats = npt.NDArray[np.float32]
 
@@ -39,11 +40,13 @@ class Direction:
         method: How the vectors were made; it decides how their magnitude is found.
         layers: Zero-based decoder blocks, ascending. L below is their number, d the model's width.
         vectors: [L, d]. For `probe` the weights w of P(h) = sigmoid(w.h + b); for `mean_difference` the difference of the
-            class means; for `pca` the unit first principal component of the pair differences.
+            class means; for `pca` the unit first principal component of the pair differences; for `sae` the difference of the
+            class means among the features of a sparse dictionary, decoded.
         bias: [L], the probe's b; zeros for the other methods.
-        alpha: Multiple of the vector that is added where the magnitude is fixed (`mean_difference`, `pca`).
+        alpha: Multiple of the vector that is added where the magnitude is fixed (all but `probe`).
         accuracy: [L], balanced accuracy on the training sentences of the side w.h + b falls on (`probe`), or of the side of
             the midpoint of the class means (the others); 0..1.
+        held_out: [L], the same on pairs that the fit it is measured by did not see; None where there are too few pairs to keep some apart.
     """
 
     value: str
@@ -53,6 +56,7 @@ class Direction:
     bias: Floats
     alpha: float
     accuracy: Floats
+    held_out: Floats | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,11 +187,17 @@ class Generation:
 
 @dataclass(frozen=True, eq=False)
 class ScoreRequest:
-    """Option letters to score as the next token after a conversation; at most 26. `timeout` as in `GenerationRequest`."""
+    """Option letters to score as the next token after a conversation; at most 26.
+
+    Attributes:
+        full: Whether the logits of the whole vocabulary come back too.
+        timeout: As in `GenerationRequest`.
+    """
 
     messages: Sequence[Message]
     letters: tuple[str, ...]
     steering: Steering | None = None
+    full: bool = False
     timeout: float | None = None
 
 
@@ -199,11 +209,15 @@ class Scores:
         probabilities: One per letter, normalised over the letters; they sum to 1.
         mass: Share of the whole vocabulary's probability that fell on the letters; near 0 the model did not answer with a letter.
         cut_tokens: As in `Generation`.
+        logits: [vocabulary], of the next token, where they were asked for.
+        spellings: For each letter the ids of all tokens that read as it, where the logits were asked for.
     """
 
     probabilities: tuple[float, ...]
     mass: float
     cut_tokens: int
+    logits: Floats | None = None
+    spellings: tuple[tuple[int, ...], ...] = ()
 
 
 @runtime_checkable
@@ -216,7 +230,7 @@ class Engine(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the weights: equal for equal models, different otherwise."""
+        """A digest of all that decides what `read` returns: weights, dtype, tokenizer and chat template."""
 
     @property
     def depth(self) -> int:

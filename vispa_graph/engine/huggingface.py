@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import logging
 import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -43,6 +44,8 @@ from vispa_graph.quiet import quiet
 _READ_TOKENS = 256
 # Kind of requests whose rows share one reading of each prompt.
 _SHARED = "over a shared prompt"
+# Longest entry of a vocabulary that may be a letter, with what marks a blank before it: "\u2581", "\u0120", "\u010a".
+_SPELLING = 4
 
 _log = logging.getLogger(__name__)
 
@@ -116,7 +119,8 @@ class HuggingFaceEngine:
             if not isinstance(error, Exception) or isinstance(error, VispaError):
                 raise
             raise UnsteerableModelError(f"{type(model).__name__} cannot be steered: it fails on a few tokens ({_first_line(error)}).") from error
-        self._fingerprint = fingerprint(model)
+        self._fingerprint = fingerprint(model, tokenizer)
+        self._letters: dict[str, list[int]] = {}
         self._batcher: Batcher[_Work] = Batcher(self._run, linger=linger, capacity=capacity, queue_size=queue_size, finish=self._hooks.remove)
 
     @classmethod
@@ -188,7 +192,7 @@ class HuggingFaceEngine:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over a sample of every parameter, 64 hex digits."""
+        """See the function `fingerprint`."""
         return self._fingerprint
 
     @property
@@ -439,14 +443,18 @@ class HuggingFaceEngine:
             raise NonFiniteError("The model's logits are not finite. Try dtype float32 or bfloat16, or a smaller strength.")
         for row, (job, request) in enumerate(zip(jobs, requests, strict=True)):
             probabilities = logits[row].double().softmax(-1)
-            letters = torch.stack([probabilities[self._spellings(letter)].sum() for letter in request.letters])
+            spellings = [self._spellings(letter) for letter in request.letters]
+            letters = torch.stack([probabilities[ids].sum() for ids in spellings])
             mass = float(letters.sum())
             if not mass > 0:
                 job.fail(
                     NonFiniteError("The model gives none of the option letters any probability. Ask it with fewer options or choose another model.")
                 )
                 continue
-            job.finish(Scores(tuple(float(p) for p in letters / mass), mass, job.payload.cut))
+            scores = Scores(tuple(float(p) for p in letters / mass), mass, job.payload.cut)
+            if request.full:
+                scores = replace(scores, logits=logits[row].numpy().copy(), spellings=tuple(map(tuple, spellings)))
+            job.finish(scores)
 
     def _run_read(self, jobs: Sequence[Job[_Work]]) -> None:
         tokens = [job.payload.tokens for job in jobs]
@@ -529,13 +537,16 @@ class HuggingFaceEngine:
         return self._stop_ids
 
     def _spellings(self, letter: str) -> list[int]:
-        """Ids of the single tokens that read as the letter, with or without a space before it."""
-        found = {ids[-1] for text in (letter, f" {letter}") if len(ids := self._tokenize(text, add_special_tokens=False)) == 1}
-        if not found:
-            raise UnsteerableModelError(
-                f"The tokenizer has no single token for the option letter {letter}, so options cannot be scored with this model."
-            )
-        return sorted(found)
+        """Ids of all tokens of the vocabulary that read as the letter, with or without blanks around it."""
+        if letter not in self._letters:
+            short = [(text, number) for text, number in self._tokenizer.get_vocab().items() if letter in text and len(text) <= _SPELLING]
+            found = sorted(number for _, number in short if str(self._tokenizer.decode([number])).strip() == letter)
+            if not found:
+                raise UnsteerableModelError(
+                    f"The tokenizer has no single token for the option letter {letter}, so options cannot be scored with this model."
+                )
+            self._letters[letter] = found
+        return self._letters[letter]
 
 
 class _Row:
@@ -619,13 +630,21 @@ class _Always(LogitsProcessor):
         return only
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over names, shapes and a strided sample of up to 1024 numbers of every parameter."""
+def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256, 64 hex digits, over all that decides a state read from a text.
+
+    That is names, shapes and a strided sample of up to 1024 numbers of every parameter, the dtype, the tokenizer and its chat template.
+    """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         flat = parameter.detach().reshape(-1)
         digest.update(flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy().tobytes())
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    # Truncation and padding are a state that every call may change.
+    rules = {k: v for k, v in json.loads(fast.to_str()).items() if k not in ("truncation", "padding")} if fast else tokenizer.get_vocab()
+    identity = [str(model.dtype), rules, tokenizer.special_tokens_map, tokenizer.chat_template]
+    digest.update(json.dumps(identity, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from langgraph.types import interrupt
 
+from vispa_graph.attributes import ATTRIBUTE
 from vispa_graph.errors import InputError
 from vispa_graph.resources import Resources
 from vispa_graph.state import SelectedValue, State
@@ -40,6 +41,9 @@ def _edited(names: Any, before: list[SelectedValue], taxonomy: Taxonomy) -> list
     selected = {value["id"]: value for value in before}
     kept: dict[str, SelectedValue] = {}
     for name in names:
+        if name == ATTRIBUTE and name in selected:  # stands in no taxonomy
+            kept[name] = selected[name]
+            continue
         value = taxonomy[name]
         added = SelectedValue(id=value.id, name=value.name, family=value.family, source=value.source, score=1.0, reason="added in review")
         kept[value.id] = selected.get(value.id, added)

@@ -9,23 +9,31 @@ from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.config import get_stream_writer
 
+from vispa_graph.attributes import ATTRIBUTE, attribute_value
 from vispa_graph.chat_model import SteeredChatModel
-from vispa_graph.engine.contract import Steering
+from vispa_graph.engine.contract import Direction, Steering
 from vispa_graph.resources import Resources
 from vispa_graph.state import Comment, SteeringFacts, SteerTask
+from vispa_graph.taxonomy_index import Value
 
 
 def steer(task: SteerTask, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
     """One comment; the engine batches the tasks of a step into one forward pass."""
-    model = resources.chat_model.for_value(task["value"])
+    model = _model(task, resources)
     return _finish(task, model, model.invoke([HumanMessage(task["prompt"])], _labelled(task, model, config)), resources)
 
 
 async def asteer(task: SteerTask, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
     """The same without holding a thread while the engine works."""
     # Loading a model or fitting directions must not hold up the event loop.
-    model = await asyncio.to_thread(lambda: resources.chat_model.for_value(task["value"]))
+    model = await asyncio.to_thread(_model, task, resources)
     return _finish(task, model, await model.ainvoke([HumanMessage(task["prompt"])], _labelled(task, model, config)), resources)
+
+
+def _model(task: SteerTask, resources: Resources) -> SteeredChatModel:
+    if task["value"] != ATTRIBUTE:
+        return resources.chat_model.for_value(task["value"])
+    return resources.chat_model.model_copy(update={"steering": resources.attribute_steering(task["attribute"] or "")})
 
 
 def _labelled(task: SteerTask, model: SteeredChatModel, config: RunnableConfig) -> RunnableConfig:
@@ -53,7 +61,8 @@ def _facts(steering: Steering | None, report: dict[str, Any] | None) -> Steering
 
 
 def _finish(task: SteerTask, model: SteeredChatModel, message: AIMessage, resources: Resources) -> dict[str, Any]:
-    value = resources.taxonomy[task["value"]]
+    own = task["value"] == ATTRIBUTE
+    value = attribute_value(task["attribute"] or "") if own else resources.taxonomy[task["value"]]
     facts = message.response_metadata
     comment = Comment(
         value=value.id,
@@ -64,7 +73,7 @@ def _finish(task: SteerTask, model: SteeredChatModel, message: AIMessage, resour
         steering=_facts(model.steering, facts["steering"]),
     )
     get_stream_writer()({"step": "comment", "value": value.id, "tokens": comment["tokens"]})
-    notes = []
+    notes = [_fitted(value, model.steering.direction)] if own and model.steering else []
     if facts["cut_tokens"]:
         notes.append(
             f"The text was too long for the model's context: {facts['cut_tokens']} tokens in its middle were left out of the comment from {value.name}."
@@ -72,3 +81,13 @@ def _finish(task: SteerTask, model: SteeredChatModel, message: AIMessage, resour
     if not comment["text"]:
         notes.append(f"The model had nothing to say from {value.name}.")
     return {"comments": [comment], "notes": notes}
+
+
+def _fitted(value: Value, direction: Direction) -> str:
+    """What the reader must know of a direction that was fitted for an attribute."""
+    from vispa_graph.engine.directions import separates
+
+    note = f"The taxonomy holds no such attribute, so a direction toward {value.name} was fitted on {len(value.all_pairs)} pairs made from templates."
+    if direction.held_out is not None:
+        note += f" It tells {direction.held_out.mean():.0%} of the sentences held out apart (50% is chance)."
+    return note if separates(direction) else f"{note} That is too little for an answer to rest on its comment."

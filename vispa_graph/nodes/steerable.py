@@ -8,7 +8,7 @@ from typing import Any
 from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableConfig
 
-from vispa_graph.attributes import read_attribute
+from vispa_graph.attributes import ATTRIBUTE, read_attribute
 from vispa_graph.composing import attribute_sentences, nearest_comment, split_sentences
 from vispa_graph.errors import AggregationError
 from vispa_graph.nodes.distributional import in_words, option_distribution
@@ -54,10 +54,15 @@ def _choose(state: State, comments: list[Comment], config: RunnableConfig, resou
         for comment in comments:
             if comment["value"] == value:
                 return comment, "the attribute names this value", []
+    for comment in comments:
+        if comment["value"] == ATTRIBUTE:
+            if len(comments) == 1 or resources.steers_toward(asked):
+                return comment, "made by steering toward the attribute itself", []
+            comments = [other for other in comments if other is not comment]
     attribute = read_attribute(asked)
     nearest = nearest_comment(attribute.text, comments, resources.taxonomy, resources.encoder)
     if resources.composes:
-        note = "No comment was made from the attribute itself: the answer is the comment whose value and text are nearest to it."
+        note = "No comment of the answer's was made from the attribute itself: it is the one whose value and text are nearest to it."
         return nearest, "nearest to the attribute by sentence embedding", [note]
     prompt = load_prompt("steerable_choose").render(query=fence(state["query"]), passages=number_passages(comments), attribute=fence(attribute.text))
     message = resources.summariser.invoke([HumanMessage(prompt)], {**config, "run_name": "choose"})

@@ -28,8 +28,8 @@ from vispa_graph.errors import TaxonomyError, VispaError
 
 if TYPE_CHECKING:
     from langchain_core.runnables.graph import Graph
-    from langchain_core.tracers.schemas import Run
     from rich.console import Console
+    from rich.tree import Tree
 
     from vispa_graph.engine.huggingface import HuggingFaceEngine
     from vispa_graph.graph import PluralGraph
@@ -45,7 +45,6 @@ Show = Callable[..., None]
 MODES = ("overton", "steerable", "distributional")
 METHODS = ("probe", "mean_difference", "pca")
 
-_REDACTED = "redacted"
 _RANGE = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -184,8 +183,13 @@ def main() -> None:
 @click.option("--seed", type=int, help="Seed of the sampling, where the temperature is above 0.")
 @click.option("--temperature", type=float, help="0 for greedy decoding.")
 @_values_option
-@click.option("--trace", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the run as a tree of JSON, without its texts.")
-@click.option("--trace-content", is_flag=True, help="Keep the texts, which may be private, in the trace.")
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the run as a tree of JSON, without its texts; vispa trace FILE shows it.",
+)
+@click.option("--trace-content", is_flag=True, help="Keep the texts, which may be private, in traces.")
 @_json_option
 def ask(
     query: str,
@@ -213,7 +217,7 @@ def ask(
     options alone ask for a distribution (distributional), else all perspectives are told (overton).
     """
     if trace_content and not trace:
-        raise click.UsageError("--trace-content needs --trace FILE.")
+        raise click.UsageError("--trace-content needs --trace FILE. For the traces of a viewer set VISPA_TRACE_CONTENT.")
     if trace:
         _check_target(trace)
     settings = _settings(
@@ -226,14 +230,29 @@ def ask(
         temperature=temperature,
         top_k=top_k,
         values=values,
+        trace_content=trace_content or None,
     )
     given = {"query": _query(query), "mode": mode, "attribute": attribute, "population": population, "options": list(options) or None}
     with _progress() as show:
-        output = _run(settings, given | {"values": list(asked) or None}, show, trace, trace_content)
+        output = _run(settings, given | {"values": list(asked) or None}, show, trace)
     if as_json:
         _print_json(output)
     else:
         _print_answer(output)
+
+
+@main.command("trace")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@_json_option
+def trace_command(file: Path, as_json: bool) -> None:
+    """Print the run that `vispa ask --trace FILE` wrote as a tree: what was found, what moved, and what steering did."""
+    from vispa_graph.tracing import draw, read_trace
+
+    run = read_trace(file)
+    if as_json:
+        _print_json(run.model_dump(mode="json"))
+    else:
+        _print_tree(draw(run))
 
 
 @main.command("values")
@@ -335,12 +354,13 @@ def graph_command(output: Path | None, review: bool, as_json: bool) -> None:
 # Running the graph
 
 
-def _run(settings: Settings, given: dict[str, Any], show: Show, trace: Path | None, content: bool) -> Output:
+def _run(settings: Settings, given: dict[str, Any], show: Show, trace: Path | None) -> Output:
     """Run the graph, and write its trace, also where it fails."""
     from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 
     from vispa_graph.graph import create_graph
     from vispa_graph.resources import Resources
+    from vispa_graph.tracing import TracedRun
 
     tracer = RunCollectorCallbackHandler() if trace else None
     with closing(create_graph(resources=Resources(settings, progress=show))) as graph:
@@ -348,7 +368,7 @@ def _run(settings: Settings, given: dict[str, Any], show: Show, trace: Path | No
             return _follow(graph, given, {"callbacks": [tracer] if tracer else []}, show)
         finally:
             if trace and tracer and tracer.traced_runs:
-                _write(trace, json.dumps(_tree(tracer.traced_runs[-1], content), default=_plain, indent=1).encode())
+                _write(trace, TracedRun.of(tracer.traced_runs[-1]).to_json())
 
 
 def _follow(graph: PluralGraph, given: dict[str, Any], config: Any, show: Show) -> Output:
@@ -382,26 +402,6 @@ def _make_ready(resources: Resources, show: Show) -> None:
     if resources.settings.strength:
         show("directions")
         _ = resources.directions
-
-
-def _tree(run: Run, content: bool) -> dict[str, Any]:
-    """A run and its children as plain data; without content, nothing in it can hold what the user or the model wrote."""
-    return {
-        "name": run.name,
-        "run_type": run.run_type,
-        "start": run.start_time.isoformat(),
-        "end": run.end_time and run.end_time.isoformat(),
-        "inputs": run.inputs if content else _REDACTED,
-        "outputs": run.outputs if content else _REDACTED,
-        "error": run.error and (run.error if content else _REDACTED),
-        "tags": run.tags or [],
-        "metadata": run.metadata,
-        "children": [_tree(child, content) for child in run.child_runs],
-    }
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump() if hasattr(value, "model_dump") else str(value)
 
 
 # Values
@@ -616,6 +616,16 @@ def _print_title(console: Console, text: str) -> None:
 
 def _print_text(console: Console, text: str) -> None:
     console.print(_clean(text), soft_wrap=not console.is_terminal)
+
+
+def _print_tree(tree: Tree) -> None:
+    """A tree whose lines no width cuts where stdout is no terminal."""
+    from rich.console import Console
+
+    console = _console()
+    wide = console if console.is_terminal else Console(markup=False, highlight=False, emoji=False, width=1000)
+    for line in wide.render_lines(tree, pad=False):
+        click.echo(_clean("".join(segment.text for segment in line)).rstrip())
 
 
 def _print_facts(console: Console, facts: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from langchain_core.runnables import RunnableConfig
 from vispa_graph.engine.contract import Engine, ScoreRequest
 from vispa_graph.prompts import fence, load_prompt
 from vispa_graph.state import LETTERS, Comment
+from vispa_graph.tracing import score_traced
 
 # Below this share of the next token's probability, the letters were not what the model was about to say.
 _LITTLE = 0.1
@@ -29,11 +30,13 @@ def option_prompt(query: str, options: Sequence[str], comment: Comment, populati
     return f"{load_prompt('population').render(population=fence(population))}\n{prompt}" if population else prompt
 
 
-def score_locally(engine: Engine, prompts: Sequence[str], comments: Sequence[Comment], size: int) -> tuple[list[list[float]], list[str]]:
+def score_locally(
+    engine: Engine, prompts: Sequence[str], comments: Sequence[Comment], size: int, config: RunnableConfig | None = None
+) -> tuple[list[list[float]], list[str]]:
     """Next-token probabilities of the first `size` letters for each prompt, normalised; and notes for the reader."""
     letters = tuple(LETTERS[:size])
-    futures = [engine.score(ScoreRequest([{"role": "user", "content": prompt}], letters)) for prompt in prompts]
-    scores = [future.result() for future in futures]
+    requests = [ScoreRequest([{"role": "user", "content": prompt}], letters) for prompt in prompts]
+    scores = score_traced(engine, requests, [comment["value"] for comment in comments], config)
     notes = []
     little = [c["name"] for c, s in zip(comments, scores, strict=True) if s.mass < _LITTLE]
     if little:

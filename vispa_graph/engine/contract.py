@@ -114,6 +114,8 @@ class Generation:
         finish: "stop" where the model ended the text, "length" where max_new_tokens did.
         cut_tokens: Tokens removed from the middle of the prompt to fit the context; 0 if it fitted.
         batch_rows: Rows of the batch it ran in.
+        batch_width: Prompt tokens of that batch's longest row.
+        dtype: The model's precision. Below float32, a text repeats exactly only in a batch of the same rows and width.
     """
 
     text: str
@@ -123,6 +125,8 @@ class Generation:
     steering: SteeringReport | None
     cut_tokens: int
     batch_rows: int
+    batch_width: int = 0
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True, eq=False)

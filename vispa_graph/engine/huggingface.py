@@ -326,6 +326,8 @@ class HuggingFaceEngine:
                     steering=plan.report(rows.index(row)) if request.steering else None,
                     cut_tokens=job.payload.cut,
                     batch_rows=len(jobs),
+                    batch_width=max(len(other.payload.tokens) for other in jobs),
+                    dtype=str(self._model.dtype).removeprefix("torch."),
                 )
             )
 

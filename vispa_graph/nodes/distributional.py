@@ -30,10 +30,10 @@ def option_distribution(state: State, comments: list[Comment], config: RunnableC
     options = state["options"] or []
     prompts = [option_prompt(state["query"], options, comment, state["population"]) for comment in comments]
     if resources.main_llm is None:
-        scored, notes = score_locally(resources.engine, prompts, comments, len(options))
+        scored, notes = score_locally(resources.engine, prompts, comments, len(options), config)
         rows: list[list[float]] = scored
     else:
-        answers, notes = score_by_chat(resources.main_llm, prompts, comments, len(options), config)
+        answers, notes = score_by_chat(resources.summariser, prompts, comments, len(options), config)
         rows = [row for row in answers if row is not None]
     if not rows:
         raise AggregationError("None of the main language model's answers could be read as an option letter. Try another main language model.")

@@ -28,9 +28,9 @@ from langchain_core.outputs import ChatGeneration, LLMResult
 from langchain_core.outputs import Generation as TextGeneration
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import merge_configs, var_child_runnable_config
+from langchain_core.tools import StructuredTool
 from langchain_core.tracers._streaming import _StreamingCallbackHandler
 from langchain_core.tracers.context import _configure_hooks, tracing_v2_callback_var
-from langchain_core.tools import StructuredTool
 from langgraph.errors import GraphBubbleUp
 from langgraph.types import Overwrite
 from pydantic import Field
@@ -321,17 +321,33 @@ class PrivateTool(StructuredTool):
 
     privacy: Privacy = Field(repr=False, exclude=True)
 
-    def run(self, tool_input: str | dict[str, Any], *given: Any, callbacks: Callbacks = None, **named: Any) -> Any:
+    def run(
+        self,
+        tool_input: str | dict[str, Any],
+        verbose: bool | None = None,
+        start_color: str | None = "green",
+        color: str | None = "green",
+        callbacks: Callbacks = None,
+        **named: Any,
+    ) -> Any:
         """As in LangChain, private."""
         guard = self.privacy.guard({"callbacks": callbacks})
         with guard:
-            return super().run(tool_input, *given, callbacks=guard.config.get("callbacks"), **named)
+            return super().run(tool_input, verbose, start_color, color, guard.config.get("callbacks"), **named)
 
-    async def arun(self, tool_input: str | dict[str, Any], *given: Any, callbacks: Callbacks = None, **named: Any) -> Any:
+    async def arun(
+        self,
+        tool_input: str | dict[str, Any],
+        verbose: bool | None = None,
+        start_color: str | None = "green",
+        color: str | None = "green",
+        callbacks: Callbacks = None,
+        **named: Any,
+    ) -> Any:
         """As in LangChain, private."""
         guard = self.privacy.guard({"callbacks": callbacks}, is_async=True)
         with guard:
-            return await super().arun(tool_input, *given, callbacks=guard.config.get("callbacks"), **named)
+            return await super().arun(tool_input, verbose, start_color, color, guard.config.get("callbacks"), **named)
 
 
 class Guard(AbstractContextManager[None]):

@@ -155,13 +155,19 @@ def draw(run: TracedRun) -> Tree:
     return tree
 
 
-def describe(run: TracedRun) -> str:
-    """A run in one line: name, kind, duration, and what is known of it."""
-    seconds = f"{(run.end - run.start).total_seconds():.3f} s" if run.end else "not ended"
-    facts = [*_run_facts(run), seconds]
+def describe(run: TracedRun, *, timed: bool = True) -> str:
+    """A run in one line: name, kind, what is known of it, and how long it took."""
+    facts = [*_run_facts(run), *(_times(run) if timed else [])]
     if run.error is not None:
         facts.append(f"failed: {run.error.splitlines()[0] if run.error else 'no reason given'}")
-    return f"{run.name} ({run.run_type}): {', '.join(facts)}"
+    return f"{run.name} ({run.run_type}){': ' if facts else ''}{', '.join(facts)}"
+
+
+def _times(run: TracedRun) -> Iterator[str]:
+    first = (_message(run).get("response_metadata") or {}).get("first_token_seconds")
+    if first is not None:
+        yield f"first token after {first:.3f} s"
+    yield f"{(run.end - run.start).total_seconds():.3f} s" if run.end else "not ended"
 
 
 def _run_facts(run: TracedRun) -> Iterator[str]:
@@ -182,12 +188,14 @@ def _run_facts(run: TracedRun) -> Iterator[str]:
         yield f"moved by {steering['displacement']:.0%} of the residual norm"
     if "batch_rows" in facts:
         yield f"batch {facts['batch_rows']} x {facts.get('batch_width')} {facts.get('dtype')}"
-    if facts.get("first_token_seconds") is not None:
-        yield f"first token after {facts['first_token_seconds']:.3f} s"
     if "mass" in facts:
         yield "letters " + " ".join(f"{p:.2f}" for p in facts["probabilities"]) + f" of {facts['mass']:.2f}"
     if run.run_type == "retriever" and isinstance(run.outputs, dict):
         yield f"{len(run.outputs.get('documents', []))} documents"
+
+    if run.name == "compose" and isinstance(run.outputs, dict):
+        rests_on = [", ".join(attribution["values"]) for attribution in run.outputs.get("output", [])]
+        yield "sentences that rest on " + "; ".join(rests_on)
 
 
 def _documents(run: TracedRun, most: int = 6) -> Iterator[str]:

@@ -48,7 +48,8 @@ class FakeEngine:
             layers = request.steering.direction.layers
             p0 = request.steering.target_probability
             report = SteeringReport(layers, (1.0,) * len(layers), (0.5,) * len(layers), (p0,) * len(layers), 0.1)
-        future.set_result(Generation(text, len(str(request.messages).split()), len(text.split()), "stop", report, 0, 1))
+        prompt = len(str(request.messages).split())
+        future.set_result(Generation(text, prompt, len(text.split()), "stop", report, 0, 1, batch_width=prompt))
         return future
 
     def score(self, request: ScoreRequest) -> Future[Scores]:

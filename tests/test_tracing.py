@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +31,8 @@ from vispa_graph.errors import NonFiniteError, TraceError
 from vispa_graph.graph import create_graph
 from vispa_graph.tracing import TracedRun, _documents, describe, draw, read_trace
 
-DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parent.parent
+DATA = ROOT / "tests" / "data"
 QUERY = "Should my father, 84, have an operation he does not want?"
 TWO = ["karma", "honor"]
 INPUTS = {
@@ -387,3 +392,18 @@ def test_an_odd_but_valid_file_is_drawn(tmp_path):
     (tmp_path / "trace.json").write_text(json.dumps(run | {"metadata": {}, "children": []}))
     assert "not ended" in vispa("trace", tmp_path / "trace.json").stdout
     assert draw(read_trace(tmp_path / "trace.json")) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["langsmith", "opentelemetry"])
+def test_the_command_line_ends_although_its_endpoint_never_answers(cache, mode):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "VISPA_CACHE": str(cache), "LANGSMITH_TRACING": "true", "LANGSMITH_API_KEY": "test"}
+        environment |= {"LANGSMITH_ENDPOINT": url, "LANGSMITH_TIMEOUT_MS": "600000"}
+        if mode == "opentelemetry":
+            environment |= {"LANGSMITH_OTEL_ENABLED": "true", "LANGSMITH_OTEL_ONLY": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": url}
+            environment |= {"OTEL_EXPORTER_OTLP_TIMEOUT": "600", "OTEL_BSP_EXPORT_TIMEOUT": "600000"}
+        command = [sys.executable, "-m", "vispa_graph", "ask", QUERY, "--value", "karma", "--max-new-tokens", "5", "--json"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, json.loads(done.stdout)["mode"]) == (0, "overton")

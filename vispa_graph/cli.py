@@ -5,6 +5,7 @@ Everything heavy is imported inside the commands, so that `vispa --help` answers
 
 from __future__ import annotations
 
+import atexit
 import errno
 import io
 import json
@@ -362,6 +363,8 @@ def _run(settings: Settings, given: dict[str, Any], show: Show, trace: Path | No
     from vispa_graph.resources import Resources
     from vispa_graph.tracing import TracedRun
 
+    # Else this process would wait for LangSmith's client to give up on an endpoint that does not answer.
+    os.environ.setdefault("LANGSMITH_USE_DAEMON", "true")
     tracer = RunCollectorCallbackHandler() if trace else None
     with closing(create_graph(resources=Resources(settings, progress=show))) as graph:
         try:
@@ -369,6 +372,25 @@ def _run(settings: Settings, given: dict[str, Any], show: Show, trace: Path | No
         finally:
             if trace and tracer and tracer.traced_runs:
                 _write(trace, TracedRun.of(tracer.traced_runs[-1]).to_json())
+            _send_traces()
+
+
+def _send_traces(seconds: float = 1.0) -> None:
+    """Give the tracing that the environment asks for a moment to send what it holds; an endpoint that does not answer gets no more."""
+    from langsmith import run_trees
+
+    client = run_trees._CLIENT
+    if client is None:
+        return
+    client.flush(timeout=seconds)
+    if client.otel_exporter is not None:
+        from opentelemetry import trace
+
+        provider: Any = trace.get_tracer_provider()
+        flush = threading.Thread(target=provider.force_flush, daemon=True)
+        flush.start()
+        flush.join(seconds)
+        atexit.unregister(provider.shutdown)  # it would wait for the endpoint once more
 
 
 def _follow(graph: PluralGraph, given: dict[str, Any], config: Any, show: Show) -> Output:

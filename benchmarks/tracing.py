@@ -7,6 +7,7 @@ Runs are interleaved, on the embedded models; medians of 15, and of 3 for the co
 
 from __future__ import annotations
 
+import logging
 import os
 import statistics
 import subprocess
@@ -45,6 +46,7 @@ def exit_seconds(environment: dict[str, str]) -> float:
 
 
 def main() -> None:
+    logging.getLogger("langsmith").setLevel(logging.CRITICAL)  # it would tell of every batch that it could not send
     graph = create_graph()
     client = Client(api_url=NOWHERE, api_key="none")
     for traced in (None, client):

@@ -428,13 +428,32 @@ def test_the_caller_s_own_streams_and_results_hold_everything(make_graph):
     assert MARK in repr(asyncio.run(drain(graph.astream_events(INPUTS["overton"], {"callbacks": [Recorder()]}))))
 
 
-def test_tokens_are_counted_once(make_graph):
+@pytest.mark.parametrize("way", list(WAYS))
+def test_a_handler_gets_every_event_once(make_graph, way):
+    class Ids(BaseCallbackHandler):
+        def __init__(self):
+            self.ids = []
+
+        def on_chain_start(self, *_, run_id, **__):
+            self.ids.append(run_id)
+
+        on_chat_model_start = on_tool_start = on_retriever_start = on_chain_start
+
+    handler = Ids()
+    WAYS[way](make_graph(), {"callbacks": [handler]})
+    assert handler.ids
+    assert len(set(handler.ids)) == len(handler.ids)
+
+
+def test_tokens_are_counted_once(make_graph, monkeypatch):
+    model = "vispa_graph.chat_model._metadata"
+    from vispa_graph import chat_model
+
+    told = chat_model._metadata
+    monkeypatch.setattr(model, lambda *given: told(*given) | {"model_name": "fake"})
     with get_usage_metadata_callback() as usage:
-        out = make_graph().invoke(INPUTS["overton"])
-    assert usage.usage_metadata == {}  # the fake engine gives no model name
-    counted = Recorder()
-    make_graph().invoke(INPUTS["overton"], {"callbacks": [counted]})
-    assert sum("'on_llm_end'" in event for event in counted.seen) == len(out["comments"]) + 1
+        out = make_graph(aggregation="compose").invoke(INPUTS["overton"])
+    assert usage.usage_metadata["fake"]["output_tokens"] == sum(comment["tokens"] for comment in out["comments"])
 
 
 def test_the_caller_s_context_is_as_it_was_before(make_graph):

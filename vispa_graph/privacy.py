@@ -153,6 +153,13 @@ class Redactor:
         if name == "on_llm_new_token":
             # A name cut into tokens is no name to a scrubber.
             return ("",), {key: value for key, value in self._named(named).items() if key != "chunk"}
+        if name == "on_tool_start":  # an agent's arguments, not checked yet: anything may stand under any key
+            serialized, _, *rest = given
+            inputs = named.get("inputs") or {}
+            shown = {key: self.text(str(value)) for key, value in inputs.items() if key in _STATE}
+            return (_identity(serialized), self.text(str(inputs)), *(REDACTED for _ in rest)), self._named({**named, "inputs": None}) | {
+                "inputs": shown
+            }
         if name.endswith("_start"):
             serialized, *rest = given
             return (_identity(serialized), *(self._payload(entry) for entry in rest)), self._named(named)
@@ -176,7 +183,9 @@ class Redactor:
     def _mapping(self, mapping: Mapping[Any, Any], key: str) -> dict[str, Any]:
         if key == "distribution":  # its keys are the caller's options
             return {f"option {number}": self.value(value) for number, value in enumerate(mapping.values(), 1)}
-        shown = {k: self.value(v, k) for k, v in mapping.items() if isinstance(k, str) and (k in _KNOWN or k in self._public)}
+        shown = {k: self.value(v, k) for k, v in mapping.items() if isinstance(k, str) and (k in _KNOWN or k in self._public) and k != "candidates"}
+        if isinstance(found := mapping.get("candidates"), list):  # the retriever's run holds them; every other run would carry them along
+            return shown | {"candidates": len(found)}
         left_out = len(mapping) - len(shown)
         return shown | ({f"{REDACTED} keys": left_out} if left_out else {})
 
@@ -442,11 +451,22 @@ def _private(callbacks: Callbacks, views: dict[int, Any], redactor: Redactor) ->
 
 
 def _viewed(handlers: Sequence[BaseCallbackHandler], views: dict[int, Any], redactor: Redactor) -> list[BaseCallbackHandler]:
+    for handler in handlers:  # a handler may come twice, as it is and as the view that a guard around this one made of it
+        if issubclass(type(handler), _View):
+            views.setdefault(_key(handler), handler)
     return list({id(view): view for handler in handlers if (view := _view(handler, views, redactor))}.values())
 
 
 def _view(handler: BaseCallbackHandler, views: dict[int, Any], redactor: Redactor) -> Any:
     # By inheritance: what feeds the caller's own stream is no trace, and an exporter may happen to have the same methods.
-    if issubclass(type(handler), _View) or _StreamingCallbackHandler in type(handler).__mro__:
+    if _StreamingCallbackHandler in type(handler).__mro__:
         return handler
-    return views.setdefault(id(handler), _View(handler, redactor))
+    return views.setdefault(_key(handler), handler if issubclass(type(handler), _View) else _View(handler, redactor))
+
+
+def _key(handler: BaseCallbackHandler) -> int:
+    """The same for a handler, its views, and the copies of a tracer that share its runs."""
+    runs = getattr(handler, "run_map", None)
+    if runs is not None:
+        return id(runs)
+    return id(object.__getattribute__(handler, "_handler") if issubclass(type(handler), _View) else handler)

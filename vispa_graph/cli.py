@@ -361,10 +361,10 @@ def _run(settings: Settings, given: dict[str, Any], show: Show, trace: Path | No
 
     from vispa_graph.graph import create_graph
     from vispa_graph.resources import Resources
+    from vispa_graph.settings import end_tracing_with_the_process
     from vispa_graph.tracing import TracedRun
 
-    # Else this process would wait for LangSmith's client to give up on an endpoint that does not answer.
-    os.environ.setdefault("LANGSMITH_USE_DAEMON", "true")
+    end_tracing_with_the_process()
     tracer = RunCollectorCallbackHandler() if trace else None
     with closing(create_graph(resources=Resources(settings, progress=show))) as graph:
         try:

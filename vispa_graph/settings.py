@@ -24,6 +24,11 @@ def _default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vispa_graph"
 
 
+def end_tracing_with_the_process() -> None:
+    """Have LangSmith's client send from daemon threads, so that this process does not wait for an endpoint that does not answer."""
+    os.environ.setdefault("LANGSMITH_USE_DAEMON", "true")
+
+
 class Settings(BaseSettings):
     """Everything that can be chosen about a run.
 

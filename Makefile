@@ -25,6 +25,7 @@ bench: $(VENV)/.ready
 	$(RUN)python -m benchmarks.startup
 	$(RUN)python -m benchmarks.engine
 	$(RUN)python -m benchmarks.fitting --values 4
+	$(RUN)python -m benchmarks.tracing
 
 format: $(VENV)/.ready
 	$(RUN)ruff format .

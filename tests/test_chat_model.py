@@ -18,7 +18,7 @@ from vispa_graph import SteeredChatModel
 from vispa_graph.chat_model import _Stop
 from vispa_graph.engine.contract import Generation
 from vispa_graph.engine.fake import FakeEngine
-from vispa_graph.errors import EngineClosedError, InputError, UnknownValueError
+from vispa_graph.errors import EngineClosedError, InputError, SettingsError, UnknownValueError
 
 QUESTION = "What do you think?"
 
@@ -309,3 +309,111 @@ def test_a_cancelled_async_call_frees_its_row():
 
     asyncio.run(call())
     assert engine.future.cancelled()
+
+
+# What a single call may choose
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, **options: model.invoke(QUESTION, **options),
+        lambda model, **options: model.bind(**options).invoke(QUESTION),
+        lambda model, **options: list(model.stream(QUESTION, **options)),
+        lambda model, **options: asyncio.run(model.ainvoke(QUESTION, **options)),
+        lambda model, **options: asyncio.run(astream(model, QUESTION, **options)),
+    ],
+    ids=["invoke", "bind", "stream", "ainvoke", "astream"],
+)
+def test_a_call_may_choose_its_own_length_temperature_and_seed(model, call):
+    call(model, max_new_tokens=3, temperature=0.5, seed=9)
+    request = model.engine.requests[-1]
+    assert (request.max_new_tokens, request.temperature, request.seed) == (3, 0.5, 9)
+    with pytest.raises(SettingsError, match="It takes max_new_tokens, temperature, seed"):
+        call(model, top_p=0.5)
+    for wrong in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"seed": "3"}):
+        with pytest.raises(SettingsError, match=next(iter(wrong))):
+            call(model, **wrong)
+
+
+def test_langsmith_is_told_the_options_of_the_call(model):
+    assert model._get_ls_params(temperature=0.5)["ls_temperature"] == 0.5
+    assert model._get_ls_params()["ls_temperature"] == 0.0
+
+
+# The cache of answers
+
+
+def test_a_cached_answer_is_never_that_of_another_model_direction_or_option(make_resources):
+    from dataclasses import replace
+
+    def key(model, **options):
+        return model._get_llm_string(**options)
+
+    def other_engine():
+        engine = FakeEngine()
+        engine.fingerprint = "other"
+        return engine
+
+    model = make_resources().chat_model.for_value("karma")
+    direction = model.steering.direction
+    moved = model.model_copy(update={"steering": replace(model.steering, direction=replace(direction, vectors=direction.vectors + 1))})
+    scaled = model.model_copy(update={"steering": replace(model.steering, direction=replace(direction, alpha=direction.alpha + 1))})
+    others = [
+        moved,
+        scaled,
+        make_resources(engine=other_engine()).chat_model.for_value("karma"),
+        make_resources(strength=2).chat_model.for_value("karma"),
+    ]
+    keys = [key(model), key(model, seed=3), *map(key, others)]
+    assert len(set(keys)) == len(keys)
+    assert key(make_resources().chat_model.for_value("karma")) == key(model)
+
+
+# Giving up, and closing
+
+
+class Slow(FakeEngine):
+    """Says one word and then nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.future = Future()
+
+    def generate(self, request):
+        self.on_token = request.on_token
+        request.on_token("One")
+        return self.future
+
+
+def test_a_stream_that_nobody_reads_on_is_cancelled():
+    engine = Slow()
+    chunks = model_of(engine).stream(QUESTION)
+    next(chunks)
+    chunks.close()
+    assert engine.future.cancelled()
+
+
+def test_so_is_an_async_one_and_tokens_that_come_after_the_loop_has_closed_do_no_harm():
+    engine = Slow()
+
+    async def read_one():
+        chunks = model_of(engine).astream(QUESTION)
+        await anext(chunks)
+        await chunks.aclose()
+
+    asyncio.run(read_one())
+    assert engine.future.cancelled()
+    engine.on_token("Two")
+
+
+def test_a_model_that_loaded_its_engine_closes_it_and_a_given_one_stays_open(monkeypatch):
+    loaded, given = FakeEngine(), FakeEngine()
+    monkeypatch.setattr("vispa_graph.resources.Resources._load_engine", lambda self: loaded)
+    model = SteeredChatModel.create()
+    steered = model.for_value("karma")
+    steered.close()
+    model.close()
+    assert loaded.closed
+    SteeredChatModel.create(engine=given).close()
+    assert not given.closed

@@ -255,7 +255,7 @@ def test_a_trace_holds_every_step_and_none_of_the_texts(vispa, engine, tmp_path)
     runs = children(tree)
     assert {"retrieve", "rerank", "steer", "steerable"} <= {run["name"] for run in runs}
     assert sum(run["run_type"] == "llm" and run["name"].startswith("steer ") for run in runs) == 2
-    assert {run["inputs"] for run in runs} == {run["outputs"] for run in runs} == {"redacted"}
+    assert tree["inputs"]["query"] == tree["outputs"]["response"] == "redacted"
     assert all(run["start"] <= run["end"] for run in runs)
     assert [run["metadata"]["value"] for run in runs if run["name"].startswith("steer ")]
 
@@ -278,7 +278,8 @@ def test_a_run_that_fails_leaves_a_trace_with_its_error_hidden_unless_asked(visp
     assert (SECRET in file.read_text()) is content
     errors = [run["error"] for run in children(json.loads(file.read_text())) if run["error"]]
     assert errors
-    assert all("NonFiniteError" in error if content else error == "redacted" for error in errors)
+    assert all("NonFiniteError" in error for error in errors)
+    assert content or all("redacted" in error for error in errors)
 
 
 def test_a_trace_ends_with_the_error_that_kept_the_model_from_being_ready(vispa, tmp_path):

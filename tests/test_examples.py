@@ -103,7 +103,7 @@ def test_the_agent_is_told_what_was_wrong_with_its_call_then_gets_answer_and_art
 
 
 @pytest.mark.slow
-def test_a_host_with_prompts_and_nodes_of_its_own_embeds_the_graph_as_a_node(run):
+def test_a_host_with_packages_tracing_threads_and_a_loop_of_its_own_embeds_the_graph_as_a_node(run):
     host = ROOT / "examples" / "host_app"
     lines = run(str(host / "main.py")).splitlines()
     assert lines[:3] == [
@@ -114,6 +114,9 @@ def test_a_host_with_prompts_and_nodes_of_its_own_embeds_the_graph_as_a_node(run
     steps = [line.strip() for line in lines if line.startswith(("host: ", "  inside plural: "))]
     inner = ["retrieve", "rerank", *["steer"] * Settings().top_k, "overton"]
     assert steps == ["host: triage", *[f"inside plural: {step}" for step in inner], "host: plural", "host: reply"]
+    assert "threads and event loop give the same replies: True" in lines
+    assert "7 traces of the host, each with one run of ours and all inside it: True" in lines
+    assert "the messages are in our part of the host's traces: False" in lines
     assert lines[-1].startswith("(Values heard: ")
 
 

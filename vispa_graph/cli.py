@@ -5,6 +5,7 @@ Everything heavy is imported inside the commands, so that `vispa --help` answers
 
 from __future__ import annotations
 
+import atexit
 import errno
 import io
 import json
@@ -29,8 +30,8 @@ from vispa_graph.errors import TaxonomyError, VispaError
 
 if TYPE_CHECKING:
     from langchain_core.runnables.graph import Graph
-    from langchain_core.tracers.schemas import Run
     from rich.console import Console
+    from rich.tree import Tree
 
     from vispa_graph.engine.contract import Direction
     from vispa_graph.engine.huggingface import HuggingFaceEngine
@@ -51,7 +52,6 @@ READINGS = ("raw", "chat")
 SOLVERS = ("exact", "saga")
 DISTRIBUTIONS = ("comments", "direct", "decoding")
 
-_REDACTED = "redacted"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -194,8 +194,13 @@ def main() -> None:
 @click.option("--temperature", type=float, help="0 for greedy decoding.")
 @click.option("--distribution", type=click.Choice(DISTRIBUTIONS), help="What a distribution is read after: comments, or the steered question itself.")
 @_values_option
-@click.option("--trace", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the run as a tree of JSON, without its texts.")
-@click.option("--trace-content", is_flag=True, help="Keep the texts, which may be private, in the trace.")
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the run as a tree of JSON, without its texts; vispa trace FILE shows it.",
+)
+@click.option("--trace-content", is_flag=True, help="Keep the texts, which may be private, in traces.")
 @_json_option
 def ask(
     query: str,
@@ -224,7 +229,7 @@ def ask(
     options alone ask for a distribution (distributional), else all perspectives are told (overton).
     """
     if trace_content and not trace:
-        raise click.UsageError("--trace-content needs --trace FILE.")
+        raise click.UsageError("--trace-content needs --trace FILE. For the traces of a viewer set VISPA_TRACE_CONTENT.")
     if trace:
         _check_target(trace)
     settings = _settings(
@@ -238,14 +243,29 @@ def ask(
         distribution=distribution,
         top_k=top_k,
         values=values,
+        trace_content=trace_content or None,
     )
     given = {"query": _query(query), "mode": mode, "attribute": attribute, "population": population, "options": list(options) or None}
     with _progress() as show:
-        output = _run(settings, given | {"values": list(asked) or None}, show, trace, trace_content)
+        output = _run(settings, given | {"values": list(asked) or None}, show, trace)
     if as_json:
         _print_json(output)
     else:
         _print_answer(output)
+
+
+@main.command("trace")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@_json_option
+def trace_command(file: Path, as_json: bool) -> None:
+    """Print the run that `vispa ask --trace FILE` wrote as a tree: what was found, what moved, and what steering did."""
+    from vispa_graph.tracing import draw, read_trace
+
+    run = read_trace(file)
+    if as_json:
+        _print_json(run.model_dump(mode="json"))
+    else:
+        _print_tree(draw(run))
 
 
 @main.command("values")
@@ -385,20 +405,42 @@ def graph_command(output: Path | None, review: bool, as_json: bool) -> None:
 # Running the graph
 
 
-def _run(settings: Settings, given: dict[str, Any], show: Show, trace: Path | None, content: bool) -> Output:
+def _run(settings: Settings, given: dict[str, Any], show: Show, trace: Path | None) -> Output:
     """Run the graph, and write its trace, also where it fails."""
     from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 
     from vispa_graph.graph import create_graph
     from vispa_graph.resources import Resources
+    from vispa_graph.settings import end_tracing_with_the_process
+    from vispa_graph.tracing import TracedRun
 
+    end_tracing_with_the_process()
     tracer = RunCollectorCallbackHandler() if trace else None
     with closing(create_graph(resources=Resources(settings, progress=show))) as graph:
         try:
             return _follow(graph, given, {"callbacks": [tracer] if tracer else []}, show)
         finally:
             if trace and tracer and tracer.traced_runs:
-                _write(trace, json.dumps(_tree(tracer.traced_runs[-1], content), default=_plain, indent=1).encode())
+                _write(trace, TracedRun.of(tracer.traced_runs[-1]).to_json())
+            _send_traces()
+
+
+def _send_traces(seconds: float = 1.0) -> None:
+    """Give the tracing that the environment asks for a moment to send what it holds; an endpoint that does not answer gets no more."""
+    from langsmith import run_trees
+
+    client = run_trees._CLIENT
+    if client is None:
+        return
+    client.flush(timeout=seconds)
+    if client.otel_exporter is not None:
+        from opentelemetry import trace
+
+        provider: Any = trace.get_tracer_provider()
+        flush = threading.Thread(target=provider.force_flush, daemon=True)
+        flush.start()
+        flush.join(seconds)
+        atexit.unregister(provider.shutdown)  # it would wait for the endpoint once more
 
 
 def _follow(graph: PluralGraph, given: dict[str, Any], config: Any, show: Show) -> Output:
@@ -435,26 +477,6 @@ def _make_ready(resources: Resources, show: Show) -> None:
     if resources.settings.strength:
         show("directions")
         _ = resources.directions
-
-
-def _tree(run: Run, content: bool) -> dict[str, Any]:
-    """A run and its children as plain data; without content, nothing in it can hold what the user or the model wrote."""
-    return {
-        "name": run.name,
-        "run_type": run.run_type,
-        "start": run.start_time.isoformat(),
-        "end": run.end_time and run.end_time.isoformat(),
-        "inputs": run.inputs if content else _REDACTED,
-        "outputs": run.outputs if content else _REDACTED,
-        "error": run.error and (run.error if content else _REDACTED),
-        "tags": run.tags or [],
-        "metadata": run.metadata,
-        "children": [_tree(child, content) for child in run.child_runs],
-    }
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump() if hasattr(value, "model_dump") else str(value)
 
 
 # Values
@@ -669,6 +691,16 @@ def _print_title(console: Console, text: str) -> None:
 
 def _print_text(console: Console, text: str) -> None:
     console.print(_clean(text), soft_wrap=not console.is_terminal)
+
+
+def _print_tree(tree: Tree) -> None:
+    """A tree whose lines no width cuts where stdout is no terminal."""
+    from rich.console import Console
+
+    console = _console()
+    wide = console if console.is_terminal else Console(markup=False, highlight=False, emoji=False, width=1000)
+    for line in wide.render_lines(tree, pad=False):
+        click.echo(_clean("".join(segment.text for segment in line)).rstrip())
 
 
 def _print_facts(console: Console, facts: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ VispaError
 +-- PromptError                 a prompt file is missing or lacks a placeholder
 +-- TaxonomyError               a taxonomy file cannot be used; names file and line
 +-- StoreError                  a stored index or direction is corrupt or belongs to something else
++-- TraceError                  a trace file cannot be read
 +-- ModelError
 |   +-- ModelNotFoundError      no such folder, or a hub that cannot be reached
 |   +-- NotCausalError          a model, but not a causal language model
@@ -79,6 +80,10 @@ class TaxonomyError(VispaError):
 
 class StoreError(VispaError):
     """A stored index or direction is corrupt or belongs to something else."""
+
+
+class TraceError(VispaError):
+    """A trace file is missing, or is none."""
 
 
 class ModelError(VispaError):

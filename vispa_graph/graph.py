@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command, Send
@@ -16,11 +17,13 @@ from vispa_graph.engine.contract import Engine
 from vispa_graph.errors import SelectionSizeError, SettingsError
 from vispa_graph.nodes import asteer, distributional, overton, rerank, retrieve, steer, steerable
 from vispa_graph.nodes import review as review_node
+from vispa_graph.privacy import Guard, Scrubber
 from vispa_graph.prompts import load_prompt
 from vispa_graph.resources import Resources
 from vispa_graph.settings import Settings
 from vispa_graph.state import MODES, Door, Input, Mode, Output, State, SteerTask, check_input
 from vispa_graph.taxonomy_index import Encoder, Taxonomy
+from vispa_graph.tracing import Untraced
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
@@ -39,6 +42,7 @@ def create_graph(
     engine: Engine | None = None,
     encoder: Encoder | None = None,
     taxonomy: Taxonomy | None = None,
+    scrubber: Scrubber | None = None,
     resources: Resources | None = None,
 ) -> PluralGraph:
     """START > retrieve > rerank > [review] > steer, once per value > overton | steerable | distributional > END.
@@ -49,6 +53,7 @@ def create_graph(
         checkpointer: Where runs and conversations are kept; needed to resume, and for review.
         review: Whether to stop before steering for a person to edit the values.
         engine, encoder, taxonomy: Parts to use instead of those the settings name.
+        scrubber: Takes identifiers out of the texts that traces hold where `Settings(trace_content=True)` lets them.
         resources: All parts at once, to share them between graphs; excludes the others.
 
     Returns:
@@ -58,17 +63,17 @@ def create_graph(
         SettingsError: Resources were given together with a part of them.
         SelectionSizeError: More values are to be heard than the taxonomy holds.
     """
-    if resources is not None and any(part is not None for part in (settings, main_llm, engine, encoder, taxonomy)):
+    if resources is not None and any(part is not None for part in (settings, main_llm, engine, encoder, taxonomy, scrubber)):
         raise SettingsError("create_graph was given resources and, beside them, a part that resources hold. Give either the resources or the parts.")
     if resources is None:
-        resources = Resources(settings or Settings(), engine=engine, encoder=encoder, taxonomy=taxonomy, main_llm=main_llm)
+        resources = Resources(settings or Settings(), engine=engine, encoder=encoder, taxonomy=taxonomy, main_llm=main_llm, scrubber=scrubber)
     k, size = resources.settings.top_k, len(resources.taxonomy)
     if k > size:
         raise SelectionSizeError(f"top_k is {k}, but the taxonomy holds {size} values. Choose 1 to {size}.")
     builder = StateGraph(State, input_schema=Door, output_schema=Output)
     builder.add_node("retrieve", partial(retrieve, resources=resources))
     builder.add_node("rerank", partial(rerank, resources=resources))
-    builder.add_node("steer", RunnableLambda(partial(steer, resources=resources), afunc=partial(asteer, resources=resources), name="steer"))
+    builder.add_node("steer", Untraced("steer", partial(steer, resources=resources), partial(asteer, resources=resources)))
     for node in (overton, steerable, distributional):
         builder.add_node(node.__name__, partial(node, resources=resources))
 
@@ -80,14 +85,15 @@ def create_graph(
         builder.add_edge("rerank", "review")
         selected_by = "review"
     without_comments = [] if resources.settings.distribution == "comments" else ["distributional"]
-    builder.add_conditional_edges(selected_by, partial(one_task_per_value, resources=resources), ["steer", *without_comments])
-    builder.add_conditional_edges("steer", by_mode, list(MODES))
+    tasks = Untraced("one task per value", partial(one_task_per_value, resources=resources))
+    builder.add_conditional_edges(selected_by, tasks, ["steer", *without_comments])
+    builder.add_conditional_edges("steer", Untraced("by mode", by_mode), list(MODES))
     for mode in MODES:
         builder.add_edge(mode, END)
     return PluralGraph.opened(builder.compile(checkpointer=checkpointer, name="vispa"), resources)
 
 
-def one_task_per_value(state: State, *, resources: Resources) -> list[Send] | str:
+def one_task_per_value(state: State, config: RunnableConfig, *, resources: Resources) -> list[Send] | str:
     """A steer task for every selected value. All get the same prompt: only the activations differ.
 
     A distribution that is read without comments needs none.
@@ -108,7 +114,7 @@ def one_task_per_value(state: State, *, resources: Resources) -> list[Send] | st
     return [Send("steer", task(selected["id"])) for selected in state["values"]]
 
 
-def by_mode(state: State) -> Mode:
+def by_mode(state: State, config: RunnableConfig) -> Mode:
     """The aggregation node of the mode."""
     return state["mode"]
 
@@ -135,14 +141,27 @@ class PluralGraph(CompiledStateGraph[State, None, Input, Output]):
         copied.resources = self.resources
         return copied
 
-    def stream(self, input: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        """As in LangGraph, with the input checked first."""
-        yield from super().stream(_checked(input), *args, **kwargs)
+    def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
+        """As in LangGraph, with the input checked first, and private."""
+        checked = _checked(input)
+        graph, guard = self._guarded(checked, config, is_async=False)
+        yield from guard.each(super(PluralGraph, graph).stream(checked, guard.config, **kwargs))
 
-    async def astream(self, input: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        """As in LangGraph, with the input checked first."""
-        async for part in super().astream(_checked(input), *args, **kwargs):
-            yield part
+    async def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
+        """As in LangGraph, with the input checked first, and private."""
+        checked = _checked(input)
+        graph, guard = self._guarded(checked, config, is_async=True)
+        async with aclosing(guard.aeach(super(PluralGraph, graph).astream(checked, guard.config, **kwargs))) as parts:
+            async for part in parts:
+                yield part
+
+    def _guarded(self, checked: Any, config: RunnableConfig | None, *, is_async: bool) -> tuple[PluralGraph, Guard]:
+        """The graph without callbacks of its own, and what keeps texts from them and from all others; tags say mode and method."""
+        own = self.config or {}
+        tags = [f"mode:{checked['mode']}", f"method:{self.resources.method}"] if isinstance(checked, dict) else []
+        guard = self.resources.privacy.guard({"callbacks": own.get("callbacks")}, config, {"tags": tags}, is_async=is_async, joins=True)
+        bare = {key: value for key, value in own.items() if key != "callbacks"}
+        return (self.copy({"config": bare}) if own.get("callbacks") else self), guard
 
     def close(self) -> None:
         """Let go of the models. Idempotent."""

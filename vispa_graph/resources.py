@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vispa_graph.chat_model import SteeredChatModel
     from vispa_graph.engine.dictionary import SparseDictionary
     from vispa_graph.engine.directions import FitSettings, ReadOnce
+    from vispa_graph.privacy import Privacy, Scrubber
 
 T = TypeVar("T")
 # Room for an aggregated answer, as in the paper.
@@ -64,6 +65,7 @@ class Resources:
         encoder: Likewise a sentence encoder.
         taxonomy: Likewise a taxonomy.
         main_llm: The chat model that aggregates; None for the local model, unsteered.
+        scrubber: Takes identifiers out of the texts that traces hold where `trace_content` is set.
         progress: Called with (what, done, total) while directions are fitted.
     """
 
@@ -75,10 +77,12 @@ class Resources:
         encoder: Encoder | None = None,
         taxonomy: Taxonomy | None = None,
         main_llm: BaseChatModel | None = None,
+        scrubber: Scrubber | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.settings = settings
         self.main_llm = main_llm
+        self._scrubber = scrubber
         self._progress = progress
         self._lock = threading.RLock()
         self._made: dict[str, Any] = {}
@@ -93,6 +97,13 @@ class Resources:
     def profile(self) -> Profile:
         """The defaults of the model in use."""
         return self._once("profile", self._read_profile)
+
+    @property
+    def privacy(self) -> Privacy:
+        """What traces get to see."""
+        from vispa_graph.privacy import Privacy
+
+        return self._once("privacy", lambda: Privacy.of(self.taxonomy, trace_content=self.settings.trace_content, scrubber=self._scrubber))
 
     @property
     def index(self) -> TaxonomyIndex:
@@ -125,7 +136,7 @@ class Resources:
     def summariser(self) -> BaseChatModel:
         """The main language model: the caller's, or the local one unsteered."""
         if self.main_llm is not None:
-            return self.main_llm
+            return self.privacy.model(self.main_llm)
         local = self.chat_model
         return local.model_copy(update={"max_new_tokens": max(_SUMMARY_TOKENS, local.max_new_tokens)})
 
@@ -179,6 +190,13 @@ class Resources:
             regularisation=chosen.regularisation or profile.regularisation,
             solver=chosen.solver,
         )
+
+    @property
+    def method(self) -> str:
+        """How comments are steered, as traces name it."""
+        if not self.settings.strength:
+            return "unsteered"
+        return f"{self.settings.method or self.profile.method}{'-generated' if self.settings.positions == 'generated' else ''}"
 
     def steering_fingerprint(self) -> str:
         """A digest of everything, beside model and value, that decides what a steered comment says."""
@@ -307,6 +325,7 @@ class Resources:
             max_new_tokens=s.max_new_tokens or self.profile.max_new_tokens,
             temperature=s.temperature,
             seed=s.seed,
+            privacy=self.privacy,
         )
 
 

@@ -19,6 +19,7 @@ from vispa_graph.engine.contract import Engine, ScoreRequest, Scores, Steering
 from vispa_graph.errors import AggregationError
 from vispa_graph.prompts import fence, load_prompt
 from vispa_graph.state import LETTERS
+from vispa_graph.tracing import score_traced
 
 Array = npt.NDArray[np.float64]
 
@@ -40,12 +41,14 @@ class Ballot:
         order: The number of the option under each letter.
         prompt: With the options in that order.
         steering: Of the local model while it answers.
+        value: Id of the value, as traces name it.
     """
 
     voter: str
     order: tuple[int, ...]
     prompt: str
     steering: Steering | None = None
+    value: str = ""
 
     @property
     def letters(self) -> tuple[str, ...]:
@@ -91,14 +94,14 @@ def mean_distribution(ballots: Sequence[Ballot], rows: Sequence[Sequence[float] 
     return [float(p) for p in mean / mean.sum()]
 
 
-def score_locally(engine: Engine, ballots: Sequence[Ballot]) -> tuple[list[list[float]], list[str]]:
+def score_locally(engine: Engine, ballots: Sequence[Ballot], config: RunnableConfig | None = None) -> tuple[list[list[float]], list[str]]:
     """For each ballot the next-token probabilities of the letters, normalised, in the order of the options; and notes for the reader."""
-    scores = _ask(engine, ballots)
+    scores = _ask(engine, ballots, config)
     notes = _little([ballot.voter for ballot, s in zip(ballots, scores, strict=True) if s.mass < _LITTLE])
     return [ballot.by_option(s.probabilities) for ballot, s in zip(ballots, scores, strict=True)], notes + _cut(scores)
 
 
-def decode_plurally(engine: Engine, ballots: Sequence[Ballot]) -> tuple[list[list[float]], list[str]]:
+def decode_plurally(engine: Engine, ballots: Sequence[Ballot], config: RunnableConfig | None = None) -> tuple[list[list[float]], list[str]]:
     """For each order of the options one distribution, decoded from all perspectives together; and notes for the reader.
 
     Beside the steered ballots of an order, the model is asked unsteered, to contrast them with.
@@ -107,7 +110,7 @@ def decode_plurally(engine: Engine, ballots: Sequence[Ballot]) -> tuple[list[lis
     for ballot in ballots:
         orders[ballot.order].append(ballot)
     asked = [ballot for group in orders.values() for ballot in (*group, Ballot("", group[0].order, group[0].prompt))]
-    scores = iter(_ask(engine, asked, full=True))
+    scores = iter(_ask(engine, asked, config, full=True))
     rows: list[list[float]] = []
     notes: list[str] = []
     for order, group in orders.items():
@@ -167,9 +170,9 @@ def score_by_chat(model: BaseChatModel, ballots: Sequence[Ballot], config: Runna
     return found, notes
 
 
-def _ask(engine: Engine, ballots: Sequence[Ballot], *, full: bool = False) -> list[Scores]:
-    futures = [engine.score(ScoreRequest([{"role": "user", "content": b.prompt}], b.letters, b.steering, full)) for b in ballots]
-    return [future.result() for future in futures]
+def _ask(engine: Engine, ballots: Sequence[Ballot], config: RunnableConfig | None, *, full: bool = False) -> list[Scores]:
+    requests = [ScoreRequest([{"role": "user", "content": b.prompt}], b.letters, b.steering, full) for b in ballots]
+    return score_traced(engine, requests, [ballot.value for ballot in ballots], config)
 
 
 def _logits(scores: Scores) -> Array:

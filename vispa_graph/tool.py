@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 from langchain_core.runnables import RunnableConfig
-from langchain_core.tools import BaseTool, StructuredTool, ToolException
+from langchain_core.tools import BaseTool, ToolException
 from pydantic import BaseModel, ConfigDict, Field
 
 from vispa_graph.errors import VispaError
 from vispa_graph.graph import PluralGraph
+from vispa_graph.privacy import PrivateTool
 from vispa_graph.state import Input, Mode, Output
 
 _DESCRIPTION = (
@@ -53,7 +54,8 @@ def as_tool(graph: PluralGraph, *, name: str = "plural_answer", description: str
         except VispaError as error:
             raise ToolException(str(error)) from error
 
-    return StructuredTool.from_function(
+    return PrivateTool.from_function(
+        privacy=graph.resources.privacy,
         func=run,
         coroutine=arun,
         name=name,

@@ -57,7 +57,8 @@ class FakeEngine:
                 request.steering.direction.value,
                 request.steering.positions,
             )
-        future.set_result(Generation(text, len(str(request.messages).split()), len(text.split()), "stop", report, 0, 1))
+        prompt = len(str(request.messages).split())
+        future.set_result(Generation(text, prompt, len(text.split()), "stop", report, 0, 1, batch_width=prompt))
         return future
 
     def score(self, request: ScoreRequest) -> Future[Scores]:

@@ -23,7 +23,7 @@ def distributional(state: State, config: RunnableConfig, *, resources: Resources
         comments = [comment for comment in state["comments"] if comment["text"]]
         distribution, notes = option_distribution(state, comments, config, resources)
     else:
-        distribution, notes = steered_distribution(state, resources)
+        distribution, notes = steered_distribution(state, config, resources)
     return {"distribution": distribution, "response": in_words(distribution), "attribution": [], "notes": notes}
 
 
@@ -31,29 +31,31 @@ def option_distribution(state: State, comments: list[Comment], config: RunnableC
     """The mean distribution over the options given the comments; sums to 1."""
     if not comments:
         raise AggregationError("No comment holds any text, so there is nothing to score the options by. Try a smaller strength or another model.")
-    ballots = [Ballot(c["name"], order, _prompt(state, order, c["text"])) for c in comments for order in _orders(state, resources)]
+    ballots = [Ballot(c["name"], order, _prompt(state, order, c["text"]), value=c["value"]) for c in comments for order in _orders(state, resources)]
     rows: Sequence[Sequence[float] | None]
     if resources.main_llm is None:
-        rows, notes = score_locally(resources.engine, ballots)
+        rows, notes = score_locally(resources.engine, ballots, config)
     else:
-        rows, notes = score_by_chat(resources.main_llm, ballots, config)
+        rows, notes = score_by_chat(resources.summariser, ballots, config)
     mean = mean_distribution(ballots, rows)
     if mean is None:
         raise AggregationError("None of the main language model's answers could be read as an option letter. Try another main language model.")
     return _named(state, mean), notes
 
 
-def steered_distribution(state: State, resources: Resources) -> tuple[dict[str, float], list[str]]:
+def steered_distribution(state: State, config: RunnableConfig, resources: Resources) -> tuple[dict[str, float], list[str]]:
     """The distribution read from one steered prefill a value, no comment made: the mean of the values', or decoded from all together."""
     orders = _orders(state, resources)
     ballots = [
-        Ballot(value["name"], order, _prompt(state, order, None), resources.steering(value["id"])) for value in state["values"] for order in orders
+        Ballot(value["name"], order, _prompt(state, order, None), resources.steering(value["id"]), value["id"])
+        for value in state["values"]
+        for order in orders
     ]
     if resources.settings.distribution == "direct":
-        rows, notes = score_locally(resources.engine, ballots)
+        rows, notes = score_locally(resources.engine, ballots, config)
         mean = mean_distribution(ballots, rows)
     else:
-        rows, notes = decode_plurally(resources.engine, ballots)
+        rows, notes = decode_plurally(resources.engine, ballots, config)
         mean = mean_distribution([Ballot("", order, "") for order in orders], rows)
     return _named(state, mean or []), notes
 

@@ -13,6 +13,7 @@ from vispa_graph.passages import incomplete, number_passages
 from vispa_graph.prompts import fence, load_prompt
 from vispa_graph.resources import Resources
 from vispa_graph.state import State
+from vispa_graph.tracing import traced
 
 
 def overton(state: State, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def overton(state: State, config: RunnableConfig, *, resources: Resources) -> di
     if not comments:
         raise AggregationError("No comment holds any text, so there is nothing to aggregate. Try a smaller strength or another model.")
     if resources.composes:
-        attribution = telling_sentences(state["query"], comments, resources.taxonomy, resources.encoder)
+        attribution = traced("compose", lambda: telling_sentences(state["query"], comments, resources.taxonomy, resources.encoder), config)
         names = [", ".join(resources.taxonomy[value].name for value in a["values"]) for a in attribution]
         views = "\n".join(f"- {name}: {a['sentence']}" for name, a in zip(names, attribution, strict=True))
         return {"response": load_prompt("compose_overton").render(views=views), "attribution": attribution}

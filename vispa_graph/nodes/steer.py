@@ -20,14 +20,14 @@ from vispa_graph.taxonomy_index import Value
 def steer(task: SteerTask, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
     """One comment; the engine batches the tasks of a step into one forward pass."""
     model = _model(task, resources)
-    return _finish(task, model, model.invoke([HumanMessage(task["prompt"])], _labelled(task, model, config)), resources)
+    return _finish(task, model, model.invoke([HumanMessage(task["prompt"])], _labelled(task, model, config, resources)), resources)
 
 
 async def asteer(task: SteerTask, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
     """The same without holding a thread while the engine works."""
     # Loading a model or fitting directions must not hold up the event loop.
     model = await asyncio.to_thread(_model, task, resources)
-    return _finish(task, model, await model.ainvoke([HumanMessage(task["prompt"])], _labelled(task, model, config)), resources)
+    return _finish(task, model, await model.ainvoke([HumanMessage(task["prompt"])], _labelled(task, model, config, resources)), resources)
 
 
 def _model(task: SteerTask, resources: Resources) -> SteeredChatModel:
@@ -36,13 +36,22 @@ def _model(task: SteerTask, resources: Resources) -> SteeredChatModel:
     return resources.chat_model.model_copy(update={"steering": resources.attribute_steering(task["attribute"] or "")})
 
 
-def _labelled(task: SteerTask, model: SteeredChatModel, config: RunnableConfig) -> RunnableConfig:
-    """The run's configuration with a stable name and tags for viewers; never any user text."""
-    method = model.steering.method if model.steering else "unsteered"
+def _labelled(task: SteerTask, model: SteeredChatModel, config: RunnableConfig, resources: Resources) -> RunnableConfig:
+    """The run's configuration with a stable name, tags and facts for viewers; never any user text."""
+    steering = model.steering
+    facts: dict[str, Any] = {
+        "value": task["value"],
+        "family": ATTRIBUTE if task["value"] == ATTRIBUTE else resources.taxonomy[task["value"]].family,
+        "mode": task["mode"],
+        "method": resources.method,
+    }
+    if steering:
+        facts |= {"layers": list(steering.direction.layers), "strength": steering.strength, "target_probability": steering.target_probability}
+    tags = [*config.get("tags", []), f"mode:{task['mode']}", f"method:{resources.method}"]
     labels: RunnableConfig = {
         "run_name": f"steer {task['value']}",
-        "tags": [*config.get("tags", []), f"mode:{task['mode']}", f"method:{method}"],
-        "metadata": {**config.get("metadata", {}), "value": task["value"]},
+        "tags": list(dict.fromkeys(tags)),
+        "metadata": {**config.get("metadata", {}), **facts, "seed": model.seed},
     }
     return {**config, **labels}
 

@@ -16,6 +16,7 @@ from vispa_graph.passages import incomplete, number_passages
 from vispa_graph.prompts import fence, load_prompt
 from vispa_graph.resources import Resources
 from vispa_graph.state import Comment, State
+from vispa_graph.tracing import traced
 
 
 def steerable(state: State, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def steerable(state: State, config: RunnableConfig, *, resources: Resources) -> 
         distribution, more = option_distribution(state, [comment], config, resources)
         return update | {"distribution": distribution, "response": in_words(distribution), "attribution": [], "notes": notes + more}
     if resources.composes:
-        attribution = [{"sentence": s, "values": [comment["value"]]} for s in split_sentences(comment["text"])]
+        attribution = traced("compose", lambda: [{"sentence": s, "values": [comment["value"]]} for s in split_sentences(comment["text"])], config)
         return update | {"response": comment["text"], "attribution": attribution, "notes": notes}
     prompt = load_prompt("steerable_answer").render(
         query=fence(state["query"]), passage=fence(comment["text"]), attribute=fence(read_attribute(state["attribute"] or "").text)

@@ -36,7 +36,8 @@ class TaxonomyRetriever(BaseRetriever):
 class ValueReranker(BaseRetriever):
     """The values at stake, best first, from candidates that a retriever found; one document a value, its definition as text.
 
-    Give the candidates with each call: `reranker.invoke(query, candidates=documents)`.
+    Give the candidates with each call: `reranker.invoke(query, candidates=documents)`. Metadata says what moved and why: `rank` from 1,
+    `retrieved` the place that the nearest phrase gave the value, `reason` the phrase that spoke for it.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -51,10 +52,17 @@ class ValueReranker(BaseRetriever):
             for d in (candidates if candidates is not None else [])
         ] or self.index.search(query, CANDIDATES)
         taxonomy = self.index.taxonomy
+        places = {value: place for place, value in enumerate(dict.fromkeys(value for hit in hits for value in hit.phrase.weights), 1)}
         return [
             Document(
                 page_content=taxonomy[selected.value].definition,
-                metadata={"value": selected.value, "score": selected.score, "reason": selected.reason},
+                metadata={
+                    "value": selected.value,
+                    "score": selected.score,
+                    "reason": selected.reason,
+                    "rank": place,
+                    "retrieved": places.get(selected.value),
+                },
             )
-            for selected in rank(hits, taxonomy.ids)[: self.k]
+            for place, selected in enumerate(rank(hits, taxonomy.ids)[: self.k], 1)
         ]

@@ -247,7 +247,9 @@ def _chunks(items: Sequence[T]) -> list[Sequence[T]]:
     return [items[start : start + _TOGETHER] for start in range(0, len(items), _TOGETHER)]
 
 
-def _read_sides(engine: Engine | ReadOnce, sides: Mapping[str, Sequence[Prompt]], layers: Sequence[int], advance: Callable[[int], None]) -> dict[str, Floats]:
+def _read_sides(
+    engine: Engine | ReadOnce, sides: Mapping[str, Sequence[Prompt]], layers: Sequence[int], advance: Callable[[int], None]
+) -> dict[str, Floats]:
     """The states [prompts, L, d] of several lists of prompts, read in one batch."""
     states = read_states(engine, [prompt for prompts in sides.values() for prompt in prompts], layers, advance)
     ends = np.cumsum([len(prompts) for prompts in sides.values()])

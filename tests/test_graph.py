@@ -192,7 +192,7 @@ def test_a_composed_steerable_answer_says_that_the_attribute_is_no_value(make_re
     resources = make_resources(aggregation="compose", fit_attributes=False)
     out = create_graph(resources=resources).invoke({"query": QUERY, "attribute": "a nurse", "values": TWO})
     assert out["response"] == next(c["text"] for c in out["comments"] if c["value"] == out["chosen"]["value"])
-    assert any("No comment of the answer's was made from the attribute itself" in note for note in out["notes"])
+    assert any("The answer was not made from the attribute itself" in note for note in out["notes"])
 
 
 @pytest.mark.parametrize(

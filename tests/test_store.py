@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from safetensors.numpy import load_file, save_file
 from tiny_models import byte_tokenizer, tiny_model
+from tokenizers import normalizers
 
 from vispa_graph.engine.contract import Direction
 from vispa_graph.engine.directions import FitSettings
@@ -209,6 +210,9 @@ def test_the_model_of_a_key_is_its_weights_its_dtype_its_tokenizer_and_its_chat_
         fingerprint(tiny_model(), reworded),
     ]
     assert len({plain, *others}) == 7
+    lowering = byte_tokenizer()
+    lowering.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert fingerprint(tiny_model(), lowering) != plain
     used = byte_tokenizer()
     used("a text that is cut", truncation=True, max_length=3)
     assert fingerprint(tiny_model(), used) == plain

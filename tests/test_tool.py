@@ -69,7 +69,7 @@ def test_every_argument_reaches_the_graph(fake_graph, run):
 def test_notes_are_part_of_what_the_agent_reads(make_resources):
     graph = create_graph(resources=make_resources(aggregation="compose"))
     message = answer_of(agent_that_calls(as_tool(graph), {"query": QUERY, "attribute": "a nurse"}).invoke(ASK))
-    assert "\nNote: No comment was made from the attribute itself" in message.content
+    assert "\nNote: The answer was not made from the attribute itself" in message.content
 
 
 @both_ways

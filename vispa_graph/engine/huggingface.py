@@ -44,6 +44,8 @@ from vispa_graph.quiet import quiet
 _READ_TOKENS = 256
 # Kind of requests whose rows share one reading of each prompt.
 _SHARED = "over a shared prompt"
+# Case, accents, digits, blanks, line breaks and punctuation: what tokenizers treat differently.
+_PROBE = "My father, 84, said: “No\u00a0— Café Zürich, ÅNGSTRÖM!”\n\n  I'd\tpay 1,234.50 € (don’t)…  ﬁne 東京 🙂 "
 # Longest entry of a vocabulary that may be a letter, with what marks a blank before it: "\u2581", "\u0120", "\u010a".
 _SPELLING = 4
 
@@ -633,17 +635,17 @@ class _Always(LogitsProcessor):
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256, 64 hex digits, over all that decides a state read from a text.
 
-    That is names, shapes and a strided sample of up to 1024 numbers of every parameter, the dtype, the tokenizer and its chat template.
+    That is names, shapes and a strided sample of up to 1024 numbers of every parameter, the dtype, the tokenizer's vocabulary, how it cuts
+    a text, and its chat template.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         flat = parameter.detach().reshape(-1)
         digest.update(flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy().tobytes())
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    # Truncation and padding are a state that every call may change.
-    rules = {k: v for k, v in json.loads(fast.to_str()).items() if k not in ("truncation", "padding")} if fast else tokenizer.get_vocab()
-    identity = [str(model.dtype), rules, tokenizer.special_tokens_map, tokenizer.chat_template]
+    # How it cuts a text and not how it is written down, which differs between versions of its library.
+    cut = tokenizer(_PROBE)["input_ids"]
+    identity = [str(model.dtype), tokenizer.get_vocab(), cut, tokenizer.chat_template]
     digest.update(json.dumps(identity, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

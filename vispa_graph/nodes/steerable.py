@@ -63,7 +63,7 @@ def _choose(state: State, comments: list[Comment], config: RunnableConfig, resou
     attribute = read_attribute(asked)
     nearest = nearest_comment(attribute.text, comments, resources.taxonomy, resources.encoder)
     if resources.composes:
-        note = "No comment of the answer's was made from the attribute itself: it is the one whose value and text are nearest to it."
+        note = "The answer was not made from the attribute itself: it is the comment whose value and text are nearest to it."
         return nearest, "nearest to the attribute by sentence embedding", [note]
     prompt = load_prompt("steerable_choose").render(query=fence(state["query"]), passages=number_passages(comments), attribute=fence(attribute.text))
     message = resources.summariser.invoke([HumanMessage(prompt)], {**config, "run_name": "choose"})

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from importlib.util import find_spec
@@ -432,6 +433,7 @@ def _send_traces(seconds: float = 1.0) -> None:
     client = run_trees._CLIENT
     if client is None:
         return
+    until = time.monotonic() + seconds
     client.flush(timeout=seconds)
     if client.otel_exporter is not None:
         from opentelemetry import trace
@@ -439,7 +441,7 @@ def _send_traces(seconds: float = 1.0) -> None:
         provider: Any = trace.get_tracer_provider()
         flush = threading.Thread(target=provider.force_flush, daemon=True)
         flush.start()
-        flush.join(seconds)
+        flush.join(max(0.0, until - time.monotonic()))
         atexit.unregister(provider.shutdown)  # it would wait for the endpoint once more
 
 

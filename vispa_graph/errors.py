@@ -12,6 +12,7 @@ VispaError
 +-- PromptError                 a prompt file is missing or lacks a placeholder
 +-- TaxonomyError               a taxonomy file cannot be used; names file and line
 +-- StoreError                  a stored index or direction is corrupt or belongs to something else
++-- ResumeError                 a run that was begun with other settings or models
 +-- ModelError
 |   +-- ModelNotFoundError      no such folder, or a hub that cannot be reached
 |   +-- NotCausalError          a model, but not a causal language model
@@ -75,6 +76,10 @@ class TaxonomyError(VispaError):
 
 class StoreError(VispaError):
     """A stored index or direction is corrupt or belongs to something else."""
+
+
+class ResumeError(VispaError):
+    """A run that was begun with other settings or models cannot go on with these."""
 
 
 class ModelError(VispaError):

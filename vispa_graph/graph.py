@@ -12,11 +12,13 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command, Send
 
 from vispa_graph.attributes import read_attribute
+from vispa_graph.conversation import in_context
 from vispa_graph.engine.contract import Engine
 from vispa_graph.errors import SelectionSizeError, SettingsError
 from vispa_graph.nodes import asteer, distributional, overton, rerank, retrieve, steer, steerable
 from vispa_graph.nodes import review as review_node
 from vispa_graph.prompts import load_prompt
+from vispa_graph.provenance import engine_of, of_one_run
 from vispa_graph.resources import Resources
 from vispa_graph.settings import Settings
 from vispa_graph.state import MODES, Door, Input, Mode, Output, State, SteerTask, check_input
@@ -67,16 +69,16 @@ def create_graph(
         raise SelectionSizeError(f"top_k is {k}, but the taxonomy holds {size} values. Choose 1 to {size}.")
     builder = StateGraph(State, input_schema=Door, output_schema=Output)
     builder.add_node("retrieve", partial(retrieve, resources=resources))
-    builder.add_node("rerank", partial(rerank, resources=resources))
+    builder.add_node("rerank", of_one_run(rerank, resources))
     builder.add_node("steer", RunnableLambda(partial(steer, resources=resources), afunc=partial(asteer, resources=resources), name="steer"))
     for node in (overton, steerable, distributional):
-        builder.add_node(node.__name__, partial(node, resources=resources))
+        builder.add_node(node.__name__, of_one_run(node, resources))
 
     builder.add_edge(START, "retrieve")
     builder.add_edge("retrieve", "rerank")
     selected_by = "rerank"
     if review:
-        builder.add_node("review", partial(review_node, resources=resources))
+        builder.add_node("review", of_one_run(review_node, resources))
         builder.add_edge("rerank", "review")
         selected_by = "review"
     builder.add_conditional_edges(selected_by, partial(one_task_per_value, resources=resources), ["steer"])
@@ -90,13 +92,13 @@ def one_task_per_value(state: State, *, resources: Resources) -> list[Send]:
     """A steer task for every selected value. All get the same prompt: only the activations differ."""
     attribute = read_attribute(state["attribute"] or "")
     if state["mode"] == "steerable" and attribute.kind == "vrd":
-        prompt = load_prompt("comment_attribute").render(attribute=attribute.text, text=state["query"])
+        prompt = load_prompt("comment_attribute").render(attribute=attribute.text, text=in_context(state))
     else:
-        prompt = load_prompt("comment").render(text=state["query"])
-    model, settings = resources.settings.model, resources.steering_fingerprint()
+        prompt = load_prompt("comment").render(text=in_context(state))
+    made = resources.made_with | engine_of(resources)
 
     def task(value: str) -> SteerTask:
-        return SteerTask(query=state["query"], prompt=prompt, value=value, mode=state["mode"], model=model, settings=settings)
+        return SteerTask(query=state["query"], prompt=prompt, value=value, mode=state["mode"], made_with=made)
 
     return [Send("steer", task(selected["id"])) for selected in state["values"]]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from vispa_graph.engine.contract import Contrast, Direction, Engine, Method, Reading, Steering
+from vispa_graph.errors import EngineClosedError
 from vispa_graph.settings import EMBEDDED, Settings
 from vispa_graph.taxonomy_index import Encoder, SentenceEncoder, Taxonomy, TaxonomyIndex
 
@@ -74,7 +74,7 @@ class Resources:
         self._progress = progress
         self._lock = threading.RLock()
         self._made: dict[str, Any] = {}
-        self._owns_engine = engine is None
+        self._owns_engine, self._closed = engine is None, False
         if engine is not None:
             self._made["engine"] = engine
         self.encoder: Encoder = encoder or SentenceEncoder(settings.encoder)
@@ -89,6 +89,13 @@ class Resources:
     def index(self) -> TaxonomyIndex:
         """The taxonomy index, from the cache where it is there."""
         return self._once("index", lambda: TaxonomyIndex.open(self.taxonomy, self.encoder, self.settings.cache))
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """Everything that decides what a run says, the engine's weights apart: plain data."""
+        from vispa_graph.provenance import describe
+
+        return self._once("made_with", lambda: describe(self))
 
     @property
     def engine(self) -> Engine:
@@ -152,29 +159,11 @@ class Resources:
             regularisation=chosen.regularisation or profile.regularisation,
         )
 
-    def steering_fingerprint(self) -> str:
-        """A digest of everything, beside model and value, that decides what a steered comment says."""
-        s = self.settings
-        chosen = [
-            s.strength,
-            s.target_probability,
-            s.max_new_tokens,
-            s.temperature,
-            s.seed,
-            s.dtype,
-            s.method,
-            s.contrast,
-            s.reading,
-            s.regularisation,
-            s.layers,
-        ]
-        return hashlib.sha256(json.dumps([*chosen, self.taxonomy.fingerprint]).encode()).hexdigest()[:16]
-
     def close(self) -> None:
-        """Close the engine, if it was loaded here. Idempotent."""
+        """Close the engine, if it was loaded here, for good: it is not loaded again. Idempotent."""
         with self._lock:
-            engine = self._made.pop("engine", None) if self._owns_engine else None
-            self._made.pop("chat_model", None)
+            self._closed = True
+            engine = self._made.get("engine") if self._owns_engine else None
         if engine is not None:
             engine.close()
 
@@ -195,6 +184,10 @@ class Resources:
     def _load_engine(self) -> Engine:
         from vispa_graph.engine.huggingface import HuggingFaceEngine
 
+        if self._closed:
+            raise EngineClosedError("The graph is closed, and loads no model again. Create a new graph.")
+        if self._progress:
+            self._progress("loading the model", 0, 0)
         s = self.settings
         return HuggingFaceEngine.load(
             str(embedded_folder()) if s.model == EMBEDDED else s.model,

@@ -7,6 +7,7 @@ from typing import Any
 from langchain_core.documents import Document
 from langchain_core.runnables import RunnableConfig
 
+from vispa_graph.conversation import in_context
 from vispa_graph.resources import Resources
 from vispa_graph.state import SelectedValue, State
 from vispa_graph.taxonomy_index import Taxonomy
@@ -31,7 +32,7 @@ def rerank(state: State, config: RunnableConfig, *, resources: Resources) -> dic
             Document(page_content=c["text"], metadata={k: c[k] for k in ("kind", "source", "values", "score")}) for c in state["candidates"]
         ]
         reranker = ValueReranker(index=resources.index, k=resources.settings.top_k)
-        documents = reranker.invoke(state["query"], config, candidates=candidates)
+        documents = reranker.invoke(in_context(state), config, candidates=candidates)
         selected = [_selected(taxonomy, d.metadata["value"], d.metadata["score"], d.metadata["reason"]) for d in documents]
     attribute = state["attribute"]
     if state["mode"] == "steerable" and attribute and attribute in taxonomy:
@@ -44,4 +45,4 @@ def rerank(state: State, config: RunnableConfig, *, resources: Resources) -> dic
 
 def _selected(taxonomy: Taxonomy, value_id: str, score: float, reason: str) -> SelectedValue:
     value = taxonomy[value_id]
-    return SelectedValue(id=value.id, name=value.name, family=value.family, source=value.source, score=score, reason=reason)
+    return SelectedValue(id=value.id, name=value.name, family=value.family, source=value.source, score=score, reason=reason, weight=1.0)

@@ -11,21 +11,31 @@ from langgraph.config import get_stream_writer
 
 from vispa_graph.chat_model import SteeredChatModel
 from vispa_graph.engine.contract import Steering
+from vispa_graph.provenance import refuse_other_settings
 from vispa_graph.resources import Resources
 from vispa_graph.state import Comment, SteeringFacts, SteerTask
 
 
 def steer(task: SteerTask, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
-    """One comment; the engine batches the tasks of a step into one forward pass."""
-    model = resources.chat_model.for_value(task["value"])
+    """One comment; the engine batches the tasks of a step into one forward pass.
+
+    Raises:
+        ResumeError: The task belongs to a run that was begun with other settings or models.
+    """
+    model = _model(task, resources)
     return _finish(task, model, model.invoke([HumanMessage(task["prompt"])], _labelled(task, model, config)), resources)
 
 
 async def asteer(task: SteerTask, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
     """The same without holding a thread while the engine works."""
     # Loading a model or fitting directions must not hold up the event loop.
-    model = await asyncio.to_thread(lambda: resources.chat_model.for_value(task["value"]))
+    model = await asyncio.to_thread(_model, task, resources)
     return _finish(task, model, await model.ainvoke([HumanMessage(task["prompt"])], _labelled(task, model, config)), resources)
+
+
+def _model(task: SteerTask, resources: Resources) -> SteeredChatModel:
+    refuse_other_settings(task["made_with"], resources)
+    return resources.chat_model.for_value(task["value"])
 
 
 def _labelled(task: SteerTask, model: SteeredChatModel, config: RunnableConfig) -> RunnableConfig:
@@ -71,4 +81,4 @@ def _finish(task: SteerTask, model: SteeredChatModel, message: AIMessage, resour
         )
     if not comment["text"]:
         notes.append(f"The model had nothing to say from {value.name}.")
-    return {"comments": [comment], "notes": notes}
+    return {"comments": [comment], "notes": notes, "made_with": task["made_with"]}

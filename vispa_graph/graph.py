@@ -132,12 +132,20 @@ class PluralGraph(CompiledStateGraph[State, None, Input, Output]):
 
     def stream(self, input: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """As in LangGraph, with the input checked first."""
-        yield from super().stream(_checked(input), *args, **kwargs)
+        yield from super().stream(_checked(input), *args, **self._durable(kwargs))
 
     async def astream(self, input: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         """As in LangGraph, with the input checked first."""
-        async for part in super().astream(_checked(input), *args, **kwargs):
+        async for part in super().astream(_checked(input), *args, **self._durable(kwargs)):
             yield part
+
+    def _durable(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Have each step written before the next one begins, unless the caller chose otherwise.
+
+        LangGraph's default writes it while the next step runs already: comments finished before that would be lost with the process.
+        """
+        chosen = options.get("durability") is not None or "checkpoint_during" in options
+        return options if chosen or not self.checkpointer else {**options, "durability": "sync"}
 
     def close(self) -> None:
         """Let go of the models. Idempotent."""

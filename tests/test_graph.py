@@ -445,9 +445,10 @@ def test_a_second_turn_on_a_thread_starts_with_a_clean_slate(fake_resources):
     second = graph.invoke({"query": "May I keep the money I found?", "values": ["fairness"]}, thread())
     assert first["notes"]
     assert ids(second["comments"]) == ["fairness"]
-    assert second["notes"] == []
+    assert second.pop("notes") == ["Read together with the earlier question of this thread."]
     assert (second["distribution"], second["chosen"]) == (None, None)
-    assert second == create_graph(resources=fake_resources).invoke({"query": "May I keep the money I found?", "values": ["fairness"]})
+    alone = create_graph(resources=fake_resources).invoke({"query": "May I keep the money I found?", "values": ["fairness"]})
+    assert {**second, "notes": []} == alone
 
 
 def test_a_turn_that_failed_leaves_nothing_to_the_next_one(fake_resources, make_resources):
@@ -501,7 +502,7 @@ def test_a_review_is_resumed_with_the_values_to_hear_in_their_order(reviewed, ru
     [
         ("karma", "a list of at least one"),
         ([], "a list of at least one"),
-        ([3], "a list of at least one"),
+        ([3], "Entry 1 of the review is no value"),
         (["karma", "mercifulness"], "not in the taxonomy"),
     ],
 )
@@ -603,3 +604,75 @@ def test_runs_at_the_same_time_do_not_mix(fake_graph):
         return await asyncio.gather(*(fake_graph.ainvoke({"query": f"{QUERY} {n}", "values": [value]}) for n, value in enumerate(TWO * 4)))
 
     assert [ids(out["comments"]) for out in asyncio.run(run())] == [[value] for value in TWO * 4]
+
+
+# Inputs that a mode does not use
+
+
+@pytest.mark.parametrize(
+    ("given", "unused"),
+    [
+        ({"mode": "overton", "attribute": "a nurse", "population": "Ghana", "options": OPTIONS}, ["attribute", "population", "options"]),
+        ({"mode": "distributional", "options": OPTIONS, "attribute": "a nurse", "population": "Ghana"}, ["attribute"]),
+        ({"mode": "steerable", "attribute": "a nurse", "population": "Ghana"}, ["population"]),
+        ({"mode": "steerable", "attribute": "a nurse", "population": "Ghana", "options": OPTIONS}, []),
+    ],
+)
+def test_inputs_that_the_mode_does_not_use_are_named_in_the_notes(fake_graph, given, unused):
+    notes = fake_graph.invoke({"query": QUERY, "values": TWO, **given})["notes"]
+    assert [note for note in notes if "does not use" in note] == [
+        f"The {given['mode']} mode does not use the input {key!r}: it was left out." for key in unused
+    ]
+
+
+# Weights from a review
+
+
+@both_ways
+def test_a_reviewer_adds_removes_and_reweights(reviewed, run):
+    graph, _, shown = reviewed
+    kept = {**shown["values"][2], "weight": 3}
+    out = run(graph, Command(resume=[{"id": "Karma", "weight": 0.5}, kept, shown["values"][0]["name"]]), thread())
+    assert ids(out["comments"]) == ["karma", kept["id"], shown["values"][0]["id"]]
+    assert [value["weight"] for value in out["values"]] == [0.5, 3.0, 1.0]
+    assert [value["reason"] for value in out["values"]] == ["added in review", kept["reason"], shown["values"][0]["reason"]]
+
+
+@pytest.mark.parametrize(
+    ("edited", "problem"),
+    [([{"id": "karma", "weight": weight}], "weight of entry 1") for weight in (0, -1, 101, float("nan"), float("inf"), True, "2")]
+    + [
+        ([{"weight": 2}], "Entry 1 of the review is no value"),
+        ([{"id": 3}], "Entry 1 of the review is no value"),
+        (["honor", {"id": "karma", "wieght": 2}], "Entry 2 of the review has a key"),
+        ([{"id": "karma", "weight": 2}, "Karma"], "Entry 2 of the review gives a value another weight"),
+    ],
+)
+def test_weights_are_checked_like_any_input(reviewed, edited, problem):
+    graph, engine, _ = reviewed
+    [stop] = graph.invoke(Command(resume=edited), thread())["__interrupt__"]
+    assert problem in stop.value["problem"]
+    assert engine.requests == []
+
+
+def weighted(make_resources, given, edited, **options):
+    graph = create_graph(resources=make_resources(**options), checkpointer=InMemorySaver(serde=STRICT), review=True)
+    graph.invoke({"query": QUERY, "values": TWO, **given}, thread())
+    return graph.invoke(Command(resume=edited), thread())
+
+
+def test_a_distribution_is_the_mean_by_the_reviewer_s_weights(make_resources):
+    edited = [{"id": "karma", "weight": 3}, "honor"]
+    out = weighted(make_resources, {"options": ["Yes", "No"]}, edited, engine=Opinionated())
+    assert out["distribution"] == pytest.approx({"Yes": 0.7, "No": 0.3})  # (3 x .8 + 1 x .4) / 4
+
+
+def test_what_weighs_most_is_told_first(make_resources):
+    engine = FakeEngine()
+    weighted(make_resources, {}, ["karma", {"id": "honor", "weight": 2}], engine=engine)
+    prompt = engine.requests[-1].messages[0]["content"]
+    assert prompt.index("Seen from honor") < prompt.index("Seen from karma")
+
+
+def test_without_a_review_every_value_weighs_the_same(fake_graph):
+    assert {value["weight"] for value in fake_graph.invoke({"query": QUERY})["values"]} == {1.0}

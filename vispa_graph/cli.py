@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -401,6 +402,47 @@ def graph_command(output: Path | None, review: bool, as_json: bool) -> None:
         _write(output, drawn.draw_mermaid().encode())
     else:
         _write(output, _picture(drawn, output.suffix[1:]))
+
+
+@main.command()
+@click.option(
+    "--http", "port", type=click.IntRange(0, 65535), metavar="PORT", help="Serve over HTTP on this machine instead of stdio; 0 for any port."
+)
+@click.option(
+    "--token", type=text, envvar="VISPA_MCP_TOKEN", show_envvar=True, help="With --http: what clients must send; made up and shown if left out."
+)
+@click.option("--top-k", type=int, help="How many values are heard.")
+@_model_options
+@_values_option
+def mcp(
+    port: int | None,
+    token: str | None,
+    top_k: int | None,
+    model: str | None,
+    method: str | None,
+    layers: tuple[int, ...] | None,
+    values: tuple[Path, ...],
+) -> None:
+    """Serve the graph to MCP clients: tools to ask, to list values and to explain a run. Needs vispa_graph[mcp].
+
+    Over stdio unless --http is given. Give the token in VISPA_MCP_TOKEN: others on the machine can read a command line.
+    """
+    if not find_spec("mcp"):
+        raise Refused("The MCP server needs the package mcp: pip install 'vispa_graph[mcp]'.")
+    from vispa_graph.mcp_server import create_server, serve_http, serve_stdio
+    from vispa_graph.resources import Resources
+
+    with closing(Resources(_settings(model=model, method=method, layers=layers, values=values, top_k=top_k))) as resources:
+        server = create_server(resources)
+        if port is None:
+            serve_stdio(server)
+            return
+        secret = token or secrets.token_urlsafe(32)
+
+        def ready(url: str) -> None:
+            click.echo(f"vispa: serving on {url}" + ("" if token else f" with the token {secret}"), err=True)
+
+        serve_http(server, port, secret, ready)
 
 
 # Running the graph

@@ -13,6 +13,7 @@ VispaError
 +-- TaxonomyError               a taxonomy file cannot be used; names file and line
 +-- StoreError                  a stored index or direction is corrupt or belongs to something else
 +-- TraceError                  a trace file cannot be read
++-- ResumeError                 a run that was begun with other settings or models
 +-- ModelError
 |   +-- ModelNotFoundError      no such folder, or a hub that cannot be reached
 |   +-- NotCausalError          a model, but not a causal language model
@@ -84,6 +85,10 @@ class StoreError(VispaError):
 
 class TraceError(VispaError):
     """A trace file is missing, or is none."""
+
+
+class ResumeError(VispaError):
+    """A run that was begun with other settings or models cannot go on with these."""
 
 
 class ModelError(VispaError):

@@ -13,12 +13,14 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command, Send
 
 from vispa_graph.attributes import ATTRIBUTE, read_attribute
+from vispa_graph.conversation import in_context
 from vispa_graph.engine.contract import Engine
 from vispa_graph.errors import SelectionSizeError, SettingsError
 from vispa_graph.nodes import asteer, distributional, overton, rerank, retrieve, steer, steerable
 from vispa_graph.nodes import review as review_node
 from vispa_graph.privacy import Guard, Scrubber
 from vispa_graph.prompts import load_prompt
+from vispa_graph.provenance import engine_of, of_one_run
 from vispa_graph.resources import Resources
 from vispa_graph.settings import Settings
 from vispa_graph.state import MODES, Door, Input, Mode, Output, State, SteerTask, check_input
@@ -72,16 +74,16 @@ def create_graph(
         raise SelectionSizeError(f"top_k is {k}, but the taxonomy holds {size} values. Choose 1 to {size}.")
     builder = StateGraph(State, input_schema=Door, output_schema=Output)
     builder.add_node("retrieve", partial(retrieve, resources=resources))
-    builder.add_node("rerank", partial(rerank, resources=resources))
+    builder.add_node("rerank", of_one_run(rerank, resources))
     builder.add_node("steer", Untraced("steer", partial(steer, resources=resources), partial(asteer, resources=resources)))
     for node in (overton, steerable, distributional):
-        builder.add_node(node.__name__, partial(node, resources=resources))
+        builder.add_node(node.__name__, of_one_run(node, resources))
 
     builder.add_edge(START, "retrieve")
     builder.add_edge("retrieve", "rerank")
     selected_by = "rerank"
     if review:
-        builder.add_node("review", partial(review_node, resources=resources))
+        builder.add_node("review", of_one_run(review_node, resources))
         builder.add_edge("rerank", "review")
         selected_by = "review"
     without_comments = [] if resources.settings.distribution == "comments" else ["distributional"]
@@ -102,14 +104,14 @@ def one_task_per_value(state: State, config: RunnableConfig, *, resources: Resou
         return "distributional"
     attribute = read_attribute(state["attribute"] or "")
     if state["mode"] == "steerable" and attribute.kind == "vrd":
-        prompt = load_prompt("comment_attribute").render(attribute=attribute.text, text=state["query"])
+        prompt = load_prompt("comment_attribute").render(attribute=attribute.text, text=in_context(state))
     else:
-        prompt = load_prompt("comment").render(text=state["query"])
-    model, settings = resources.settings.model, resources.steering_fingerprint()
+        prompt = load_prompt("comment").render(text=in_context(state))
+    made = resources.made_with | engine_of(resources)
 
     def task(value: str) -> SteerTask:
         asked = state["attribute"] if value == ATTRIBUTE else None
-        return SteerTask(query=state["query"], prompt=prompt, value=value, attribute=asked, mode=state["mode"], model=model, settings=settings)
+        return SteerTask(query=state["query"], prompt=prompt, value=value, attribute=asked, mode=state["mode"], made_with=made)
 
     return [Send("steer", task(selected["id"])) for selected in state["values"]]
 
@@ -145,13 +147,13 @@ class PluralGraph(CompiledStateGraph[State, None, Input, Output]):
         """As in LangGraph, with the input checked first, and private."""
         checked = _checked(input)
         graph, guard = self._guarded(checked, config, is_async=False)
-        yield from guard.each(super(PluralGraph, graph).stream(checked, guard.config, **kwargs))
+        yield from guard.each(super(PluralGraph, graph).stream(checked, guard.config, **self._durable(kwargs)))
 
     async def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
         """As in LangGraph, with the input checked first, and private."""
         checked = _checked(input)
         graph, guard = self._guarded(checked, config, is_async=True)
-        async with aclosing(guard.aeach(super(PluralGraph, graph).astream(checked, guard.config, **kwargs))) as parts:
+        async with aclosing(guard.aeach(super(PluralGraph, graph).astream(checked, guard.config, **self._durable(kwargs)))) as parts:
             async for part in parts:
                 yield part
 
@@ -162,6 +164,14 @@ class PluralGraph(CompiledStateGraph[State, None, Input, Output]):
         guard = self.resources.privacy.guard({"callbacks": own.get("callbacks")}, config, {"tags": tags}, is_async=is_async, joins=True)
         bare = {key: value for key, value in own.items() if key != "callbacks"}
         return (self.copy({"config": bare}) if own.get("callbacks") else self), guard
+
+    def _durable(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Have each step written before the next one begins, unless the caller chose otherwise.
+
+        LangGraph's default writes it while the next step runs already: comments finished before that would be lost with the process.
+        """
+        chosen = options.get("durability") is not None or "checkpoint_during" in options
+        return options if chosen or not self.checkpointer else {**options, "durability": "sync"}
 
     def close(self) -> None:
         """Let go of the models. Idempotent."""

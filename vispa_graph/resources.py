@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import threading
@@ -111,6 +110,13 @@ class Resources:
         return self._once("index", lambda: TaxonomyIndex.open(self.taxonomy, self.encoder, self.settings.cache))
 
     @property
+    def made_with(self) -> dict[str, Any]:
+        """Everything that decides what a run says, the engine's weights apart: plain data."""
+        from vispa_graph.provenance import describe
+
+        return self._once("made_with", lambda: describe(self))
+
+    @property
     def engine(self) -> Engine:
         """The steering engine; loading it takes seconds."""
         return self._once("engine", self._load_engine)
@@ -198,27 +204,6 @@ class Resources:
             return "unsteered"
         return f"{self.settings.method or self.profile.method}{'-generated' if self.settings.positions == 'generated' else ''}"
 
-    def steering_fingerprint(self) -> str:
-        """A digest of everything, beside model and value, that decides what a steered comment says."""
-        s = self.settings
-        chosen = [
-            s.strength,
-            s.target_probability,
-            s.max_new_tokens,
-            s.temperature,
-            s.seed,
-            s.dtype,
-            s.method,
-            s.contrast,
-            s.reading,
-            s.regularisation,
-            s.solver,
-            str(s.dictionary),
-            s.layers,
-            s.positions,
-        ]
-        return hashlib.sha256(json.dumps([*chosen, self.taxonomy.fingerprint]).encode()).hexdigest()[:16]
-
     def close(self) -> None:
         """Close the engine, if it was loaded here, for good: it is not loaded again. Idempotent."""
         with self._lock:
@@ -246,6 +231,8 @@ class Resources:
 
         if self._closed:
             raise EngineClosedError("The graph is closed, and loads no model again. Create a new graph.")
+        if self._progress:
+            self._progress("loading the model", 0, 0)
         s = self.settings
         return HuggingFaceEngine.load(
             str(embedded_folder()) if s.model == EMBEDDED else s.model,

@@ -42,6 +42,7 @@ class Ballot:
         prompt: With the options in that order.
         steering: Of the local model while it answers.
         value: Id of the value, as traces name it.
+        weight: Of the voter beside the others.
     """
 
     voter: str
@@ -49,6 +50,7 @@ class Ballot:
     prompt: str
     steering: Steering | None = None
     value: str = ""
+    weight: float = 1.0
 
     @property
     def letters(self) -> tuple[str, ...]:
@@ -83,14 +85,15 @@ def option_prompt(query: str, options: Sequence[str], passage: str | None, popul
 
 
 def mean_distribution(ballots: Sequence[Ballot], rows: Sequence[Sequence[float] | None]) -> list[float] | None:
-    """The mean over voters of the mean over their ballots; None where not one ballot could be read."""
+    """The mean over voters, by their weights, of the mean over their ballots; None where not one ballot could be read."""
     by_voter: dict[str, list[Sequence[float]]] = defaultdict(list)
+    weight = {ballot.voter: ballot.weight for ballot in ballots}
     for ballot, row in zip(ballots, rows, strict=True):
         if row is not None:
             by_voter[ballot.voter].append(row)
     if not by_voter:
         return None
-    mean = np.mean([np.mean(found, axis=0) for found in by_voter.values()], axis=0)
+    mean = np.average([np.mean(found, axis=0) for found in by_voter.values()], axis=0, weights=[weight[voter] for voter in by_voter])
     return [float(p) for p in mean / mean.sum()]
 
 
@@ -116,7 +119,7 @@ def decode_plurally(engine: Engine, ballots: Sequence[Ballot], config: RunnableC
     for order, group in orders.items():
         found = [next(scores) for _ in group]
         plain = next(scores)
-        logits = pluralistic_logits(np.array([_logits(s) for s in found]), _logits(plain))
+        logits = pluralistic_logits(np.array([_logits(s) for s in found]), _logits(plain), np.array([ballot.weight for ballot in group]))
         probabilities = _softmax(logits)
         letters = np.array([probabilities[list(ids)].sum() for ids in plain.spellings])
         if letters.sum() < _LITTLE:
@@ -126,7 +129,7 @@ def decode_plurally(engine: Engine, ballots: Sequence[Ballot], config: RunnableC
     return rows, list(dict.fromkeys(notes))
 
 
-def pluralistic_logits(perspectives: Array, plain: Array) -> Array:
+def pluralistic_logits(perspectives: Array, plain: Array, weights: Array | None = None) -> Array:
     """Next-token logits of several perspectives in one (SAE-PD, Luo et al. 2025).
 
     Each perspective is contrasted with the plain model, `(1 + a) l_i - a l_0`, and weighs the more the surer it is: softmax over minus
@@ -135,11 +138,13 @@ def pluralistic_logits(perspectives: Array, plain: Array) -> Array:
     Args:
         perspectives: [n, vocabulary].
         plain: [vocabulary].
+        weights: [n], above 0, by which the perspectives' own weights are multiplied.
     """
     contrasted = (1 + _CONTRAST) * perspectives - _CONTRAST * plain
     top = _softmax(np.sort(perspectives, axis=1)[:, -_TOP:] / _TEMPERATURE)
     entropies = -(top * np.log(np.maximum(top, 1e-300))).sum(axis=1)
-    mixed: Array = _softmax(-entropies) @ contrasted
+    own = np.zeros(len(perspectives)) if weights is None else np.log(weights)
+    mixed: Array = _softmax(own - entropies) @ contrasted
     return mixed
 
 

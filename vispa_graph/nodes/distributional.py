@@ -7,14 +7,18 @@ from typing import Any
 
 from langchain_core.runnables import RunnableConfig
 
+from vispa_graph.conversation import in_context
 from vispa_graph.errors import AggregationError
 from vispa_graph.resources import Resources
 from vispa_graph.scoring import Ballot, decode_plurally, mean_distribution, option_prompt, rotations, score_by_chat, score_locally
-from vispa_graph.state import Comment, State
+from vispa_graph.state import Comment, State, weights
 
 
 def distributional(state: State, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
-    """The mean over comments of the option probabilities given each comment; or read from the steered model without comments.
+    """The mean over comments of the option probabilities given each comment, by the weights of their values; or read without comments.
+
+    Without comments it is read from the steered model.
+
 
     Raises:
         AggregationError: No comment holds text, or no answer of the main language model could be read.
@@ -28,10 +32,14 @@ def distributional(state: State, config: RunnableConfig, *, resources: Resources
 
 
 def option_distribution(state: State, comments: list[Comment], config: RunnableConfig, resources: Resources) -> tuple[dict[str, float], list[str]]:
-    """The mean distribution over the options given the comments; sums to 1."""
+    """The weighted mean distribution over the options given the comments; sums to 1."""
     if not comments:
         raise AggregationError("No comment holds any text, so there is nothing to score the options by. Try a smaller strength or another model.")
-    ballots = [Ballot(c["name"], order, _prompt(state, order, c["text"]), value=c["value"]) for c in comments for order in _orders(state, resources)]
+    ballots = [
+        Ballot(c["name"], order, _prompt(state, order, c["text"]), None, c["value"], weights(state)[c["value"]])
+        for c in comments
+        for order in _orders(state, resources)
+    ]
     rows: Sequence[Sequence[float] | None]
     if resources.main_llm is None:
         rows, notes = score_locally(resources.engine, ballots, config)
@@ -47,7 +55,7 @@ def steered_distribution(state: State, config: RunnableConfig, resources: Resour
     """The distribution read from one steered prefill a value, no comment made: the mean of the values', or decoded from all together."""
     orders = _orders(state, resources)
     ballots = [
-        Ballot(value["name"], order, _prompt(state, order, None), resources.steering(value["id"]), value["id"])
+        Ballot(value["name"], order, _prompt(state, order, None), resources.steering(value["id"]), value["id"], value["weight"])
         for value in state["values"]
         for order in orders
     ]
@@ -66,7 +74,7 @@ def _orders(state: State, resources: Resources) -> list[tuple[int, ...]]:
 
 def _prompt(state: State, order: Sequence[int], passage: str | None) -> str:
     options = state["options"] or []
-    return option_prompt(state["query"], [options[number] for number in order], passage, state["population"])
+    return option_prompt(in_context(state), [options[number] for number in order], passage, state["population"])
 
 
 def _named(state: State, probabilities: Sequence[float]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Any
 from langchain_core.documents import Document
 from langchain_core.runnables import RunnableConfig
 
+from vispa_graph.conversation import in_context
 from vispa_graph.resources import Resources
 from vispa_graph.state import SelectedValue, State
 from vispa_graph.taxonomy_index import Value
@@ -31,7 +32,7 @@ def rerank(state: State, config: RunnableConfig, *, resources: Resources) -> dic
             Document(page_content=c["text"], metadata={k: c[k] for k in ("kind", "source", "values", "score")}) for c in state["candidates"]
         ]
         reranker = ValueReranker(index=resources.index, k=resources.settings.top_k)
-        documents = reranker.invoke(state["query"], config, candidates=candidates)
+        documents = reranker.invoke(in_context(state), config, candidates=candidates)
         selected = [_selected(taxonomy[d.metadata["value"]], d.metadata["score"], d.metadata["reason"]) for d in documents]
     if state["mode"] == "steerable" and (asked := resources.attribute_value(state["attribute"])):
         rest = [s for s in selected if s["id"] != asked.id]
@@ -41,4 +42,4 @@ def rerank(state: State, config: RunnableConfig, *, resources: Resources) -> dic
 
 
 def _selected(value: Value, score: float, reason: str) -> SelectedValue:
-    return SelectedValue(id=value.id, name=value.name, family=value.family, source=value.source, score=score, reason=reason)
+    return SelectedValue(id=value.id, name=value.name, family=value.family, source=value.source, score=score, reason=reason, weight=1.0)

@@ -7,32 +7,54 @@ from typing import Any
 from langchain_core.runnables import RunnableConfig
 from langgraph.types import Overwrite
 
+from vispa_graph.conversation import recall
 from vispa_graph.resources import Resources
-from vispa_graph.state import Candidate, State
+from vispa_graph.state import Candidate, State, unused_inputs
 
 
 def retrieve(state: State, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
     """Candidates for the selection, and a clean slate for what the run will add; none where the caller named the values."""
-    notes = [f"The input key {key!r} is not known and was ignored." for key in state["ignored"]]
+    earlier = state.get("turns", [])
+    if not state.get("response"):  # the last turn broke off: it was never answered
+        earlier = earlier[:-1]
+    turns, notes = recall(earlier, state["query"])
+    notes += [f"The input key {key!r} is not known and was ignored." for key in state["ignored"]]
+    notes += [f"The {state['mode']} mode does not use the input {key!r}: it was left out." for key in unused_inputs(state)]
     if resources.profile.note:
         notes.append(resources.profile.note)
     # A thread may go on for several turns: what an earlier one added must not mix with this one.
-    fresh: dict[str, Any] = {"comments": Overwrite([]), "distribution": None, "chosen": None, "attribution": []}
+    fresh: dict[str, Any] = {
+        "made_with": Overwrite(resources.made_with),
+        "turns": turns,
+        "values": [],
+        "comments": Overwrite([]),
+        "response": "",
+        "distribution": None,
+        "chosen": None,
+        "attribution": [],
+    }
     if state["asked"] is not None:
         return fresh | {"candidates": [], "notes": Overwrite(notes)}
-    from vispa_graph.taxonomy_index.retriever import TaxonomyRetriever
-
     if not resources.encoder.fits(state["query"]):
         notes.append("The text is longer than the sentence encoder reads, so the values were selected by its beginning.")
-    documents = TaxonomyRetriever(index=resources.index).invoke(state["query"], config)
-    candidates = [
-        Candidate(
-            text=d.page_content,
-            kind=d.metadata["kind"],
-            source=d.metadata["source"],
-            values=d.metadata["values"],
-            score=d.metadata["score"],
-        )
-        for d in documents
-    ]
-    return fresh | {"candidates": candidates, "notes": Overwrite(notes)}
+    return fresh | {"candidates": _candidates(turns, config, resources), "notes": Overwrite(notes)}
+
+
+def _candidates(turns: list[str], config: RunnableConfig, resources: Resources) -> list[Candidate]:
+    """The phrases near the query; for a follow-up also those near it and the turns before it together, each by its higher score.
+
+    So a follow-up is understood by what it follows, and a question that says enough alone is not blurred by what came before.
+    """
+    from vispa_graph.taxonomy_index.retriever import TaxonomyRetriever
+
+    retriever = TaxonomyRetriever(index=resources.index)
+    # The newest turn first: the encoder reads a text's beginning.
+    texts = [turns[-1]] if len(turns) == 1 else [turns[-1], " ".join(reversed(turns))]
+    best: dict[tuple[str, str], Candidate] = {}
+    for document in [document for text in texts for document in retriever.invoke(text, config)]:
+        found = document.metadata
+        candidate = Candidate(text=document.page_content, kind=found["kind"], source=found["source"], values=found["values"], score=found["score"])
+        key = (candidate["source"], candidate["text"])
+        if key not in best or candidate["score"] > best[key]["score"]:
+            best[key] = candidate
+    return sorted(best.values(), key=lambda candidate: -candidate["score"])

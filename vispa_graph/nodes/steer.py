@@ -12,13 +12,18 @@ from langgraph.config import get_stream_writer
 from vispa_graph.attributes import ATTRIBUTE, attribute_value
 from vispa_graph.chat_model import SteeredChatModel
 from vispa_graph.engine.contract import Direction, Steering
+from vispa_graph.provenance import refuse_other_settings
 from vispa_graph.resources import Resources
 from vispa_graph.state import Comment, SteeringFacts, SteerTask
 from vispa_graph.taxonomy_index import Value
 
 
 def steer(task: SteerTask, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
-    """One comment; the engine batches the tasks of a step into one forward pass."""
+    """One comment; the engine batches the tasks of a step into one forward pass.
+
+    Raises:
+        ResumeError: The task belongs to a run that was begun with other settings or models.
+    """
     model = _model(task, resources)
     return _finish(task, model, model.invoke([HumanMessage(task["prompt"])], _labelled(task, model, config, resources)), resources)
 
@@ -31,6 +36,7 @@ async def asteer(task: SteerTask, config: RunnableConfig, *, resources: Resource
 
 
 def _model(task: SteerTask, resources: Resources) -> SteeredChatModel:
+    refuse_other_settings(task["made_with"], resources)
     if task["value"] != ATTRIBUTE:
         return resources.chat_model.for_value(task["value"])
     return resources.chat_model.model_copy(update={"steering": resources.attribute_steering(task["attribute"] or "")})
@@ -89,7 +95,7 @@ def _finish(task: SteerTask, model: SteeredChatModel, message: AIMessage, resour
         )
     if not comment["text"]:
         notes.append(f"The model had nothing to say from {value.name}.")
-    return {"comments": [comment], "notes": notes}
+    return {"comments": [comment], "notes": notes, "made_with": task["made_with"]}
 
 
 def _fitted(value: Value, direction: Direction) -> str:

@@ -10,6 +10,7 @@ from langchain_core.runnables import RunnableConfig
 
 from vispa_graph.attributes import ATTRIBUTE, read_attribute
 from vispa_graph.composing import attribute_sentences, nearest_comment, split_sentences
+from vispa_graph.conversation import in_context
 from vispa_graph.errors import AggregationError
 from vispa_graph.nodes.distributional import in_words, option_distribution
 from vispa_graph.passages import incomplete, number_passages
@@ -37,7 +38,7 @@ def steerable(state: State, config: RunnableConfig, *, resources: Resources) -> 
         attribution = traced("compose", lambda: [{"sentence": s, "values": [comment["value"]]} for s in split_sentences(comment["text"])], config)
         return update | {"response": comment["text"], "attribution": attribution, "notes": notes}
     prompt = load_prompt("steerable_answer").render(
-        query=fence(state["query"]), passage=fence(comment["text"]), attribute=fence(read_attribute(state["attribute"] or "").text)
+        query=fence(in_context(state)), passage=fence(comment["text"]), attribute=fence(read_attribute(state["attribute"] or "").text)
     )
     message = resources.summariser.invoke([HumanMessage(prompt)], {**config, "run_name": "answer"})
     response = message.text.strip()
@@ -65,7 +66,9 @@ def _choose(state: State, comments: list[Comment], config: RunnableConfig, resou
     if resources.composes:
         note = "The answer was not made from the attribute itself: it is the comment whose value and text are nearest to it."
         return nearest, "nearest to the attribute by sentence embedding", [note]
-    prompt = load_prompt("steerable_choose").render(query=fence(state["query"]), passages=number_passages(comments), attribute=fence(attribute.text))
+    prompt = load_prompt("steerable_choose").render(
+        query=fence(in_context(state)), passages=number_passages(comments), attribute=fence(attribute.text)
+    )
     message = resources.summariser.invoke([HumanMessage(prompt)], {**config, "run_name": "choose"})
     cut = [] if not message.response_metadata.get("cut_tokens") else incomplete(message, "choice")
     numbers = {int(n) for n in re.findall(r"\d{1,3}", message.text)} & set(range(1, len(comments) + 1))

@@ -137,6 +137,7 @@ class SteeredChatModel(BaseChatModel):
             }
             if self.steering.others:
                 params["values"] = {part.direction.value: part.strength for part in self.steering.parts}
+                params["others"] = [[_digest(part.direction), part.target_probability] for part in self.steering.parts[1:]]
         return params
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:

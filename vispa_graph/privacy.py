@@ -53,6 +53,7 @@ REASONS = frozenset(
         "the attribute asked for",
         "added in review",
         "the attribute names this value",
+        "made by steering toward the attribute itself",
         "chosen by the main language model",
         "nearest to the attribute by sentence embedding",
         "no phrase near the query points at it",

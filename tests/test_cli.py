@@ -704,3 +704,41 @@ def test_ranges_of_layers_are_spelled_out_in_the_order_given(ranges):
 
 def test_layers_may_be_chosen_by_fraction_of_the_depth():
     assert cli.block_numbers("0.25-0.75") == (0.25, 0.75)
+
+
+# Serving
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """What the command would serve over HTTP."""
+    found = {}
+
+    def serve(server, port, token, ready):
+        found.update(server=server.name, port=port, token=token)
+        ready(f"http://127.0.0.1:{port}/mcp")
+
+    monkeypatch.setattr("vispa_graph.mcp_server.serve_http", serve)
+    return found
+
+
+def test_a_token_that_is_given_is_used_and_not_shown(vispa, served, monkeypatch):
+    monkeypatch.setenv("VISPA_MCP_TOKEN", "my secret")
+    done = vispa("mcp", "--http", "8765")
+    assert served == {"server": "vispa", "port": 8765, "token": "my secret"}
+    assert done.stdout == ""
+    assert done.stderr == "vispa: serving on http://127.0.0.1:8765/mcp\n"
+
+
+def test_a_token_that_is_not_given_is_made_up_and_shown(vispa, served):
+    shown = [vispa("mcp", "--http", "0").stderr.split()[-1] for _ in range(2)]
+    assert shown[1] == served["token"]
+    assert len(set(shown)) == 2
+    assert all(len(token) >= 32 for token in shown)
+
+
+def test_without_its_package_the_server_says_what_to_install(vispa, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    done = vispa("mcp")
+    assert done.exit_code == 2
+    assert "pip install 'vispa_graph[mcp]'" in done.stderr

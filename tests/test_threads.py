@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 from hypothesis import given
@@ -30,9 +31,22 @@ both_ways = pytest.mark.parametrize(
 )
 
 
+class Saver(InMemorySaver):
+    """Tells when a first comment is kept."""
+
+    def __init__(self):
+        super().__init__(serde=JsonPlusSerializer(allowed_msgpack_modules=None))
+        self.kept = threading.Event()
+
+    def put_writes(self, config, writes, task_id, task_path=""):
+        super().put_writes(config, writes, task_id, task_path)
+        if any(channel == "comments" and isinstance(comments, list) for channel, comments in writes):
+            self.kept.set()
+
+
 @pytest.fixture
 def saver():
-    return InMemorySaver(serde=JsonPlusSerializer(allowed_msgpack_modules=None))
+    return Saver()
 
 
 def prompts(engine):
@@ -159,21 +173,22 @@ DIFFERENT = {"strength": 2.0, "seed": 7, "temperature": 0.5, "model": "another",
 
 
 class Failing(FakeEngine):
-    """Fails for one value until told otherwise."""
+    """Fails for honor, once the other comment is kept."""
 
-    def __init__(self, value="honor"):
+    def __init__(self, kept):
         super().__init__()
-        self.value = value
+        self.kept = kept
 
     def generate(self, request):
-        if request.steering and request.steering.direction.value == self.value:
+        if request.steering and request.steering.direction.value == "honor":
+            assert self.kept.wait(20)
             raise NonFiniteError("NaN")
         return super().generate(request)
 
 
-def broken_off(make_resources, saver, **settings):
+def broken_off(make_resources, saver):
     """A thread on which one of two comments was finished."""
-    resources = make_resources(engine=Failing(), **settings)
+    resources = make_resources(engine=Failing(saver.kept))
     with pytest.raises(NonFiniteError):
         create_graph(resources=resources, checkpointer=saver).invoke({"query": FIRST, "values": TWO}, THREAD)
 

@@ -8,6 +8,7 @@ VispaError
 |   +-- OptionsError            too few, too many, blank or duplicate options
 |   +-- UnknownValueError
 |   +-- SelectionSizeError      k outside 1..size of the taxonomy
+|   +-- NoValuesError           no value is at stake enough to be heard
 +-- SettingsError               a setting is unknown, malformed or out of range
 +-- PromptError                 a prompt file is missing or lacks a placeholder
 +-- TaxonomyError               a taxonomy file cannot be used; names file and line
@@ -20,6 +21,8 @@ VispaError
 |   +-- NonFiniteError          activations or logits became NaN or infinite
 |   +-- ContextLengthError      a prompt that cannot be made to fit the model's context
 |   +-- EngineClosedError
+|   +-- NotARerankerError       a model that cannot judge the values at stake
++-- SelectionError              the language model's judgement of the values cannot be read
 +-- AggregationError            the main language model gave nothing that could be used
 
 Every message says what happened, why, and how to fix it. No message holds text of a query, a comment or a response:
@@ -59,6 +62,10 @@ class UnknownValueError(InputError):
 
 class SelectionSizeError(InputError):
     """k is below 1 or above the number of values."""
+
+
+class NoValuesError(InputError):
+    """No value of the taxonomy is at stake enough to be heard."""
 
 
 class SettingsError(VispaError):
@@ -107,6 +114,14 @@ class ContextLengthError(ModelError):
 
 class EngineClosedError(ModelError):
     """The engine was closed before the request could run."""
+
+
+class NotARerankerError(ModelError):
+    """A model that was loaded but cannot judge the values at stake."""
+
+
+class SelectionError(VispaError):
+    """The language model's judgement of the values at stake cannot be read."""
 
 
 class AggregationError(VispaError):

@@ -32,6 +32,7 @@ def retrieve(state: State, config: RunnableConfig, *, resources: Resources) -> d
             source=d.metadata["source"],
             values=d.metadata["values"],
             score=d.metadata["score"],
+            row=d.metadata["row"],
         )
         for d in documents
     ]

@@ -8,6 +8,7 @@ VispaError
 |   +-- OptionsError            too few, too many, blank or duplicate options
 |   +-- UnknownValueError
 |   +-- SelectionSizeError      k outside 1..size of the taxonomy
+|   +-- NoValuesError           no value is at stake enough to be heard
 +-- SettingsError               a setting is unknown, malformed or out of range
 +-- PromptError                 a prompt file is missing or lacks a placeholder
 +-- TaxonomyError               a taxonomy file cannot be used; names file and line
@@ -26,6 +27,8 @@ VispaError
 |   +-- EngineMemoryError       one request alone does not fit into memory
 |   +-- BatchError              the model failed in the middle of a batch
 |   +-- DeadlineError           a request's time was up (also a TimeoutError)
+|   +-- NotARerankerError       a model that cannot judge the values at stake
++-- SelectionError              the language model's judgement of the values cannot be read
 +-- AggregationError            the main language model gave nothing that could be used
 
 Every message says what happened, why, and how to fix it. No message holds text of a query, a comment or a response:
@@ -65,6 +68,10 @@ class UnknownValueError(InputError):
 
 class SelectionSizeError(InputError):
     """k is below 1 or above the number of values."""
+
+
+class NoValuesError(InputError):
+    """No value of the taxonomy is at stake enough to be heard."""
 
 
 class SettingsError(VispaError):
@@ -137,6 +144,14 @@ class BatchError(ModelError):
 
 class DeadlineError(ModelError, TimeoutError):
     """The request's time was up before it was answered."""
+
+
+class NotARerankerError(ModelError):
+    """A model that was loaded but cannot judge the values at stake."""
+
+
+class SelectionError(VispaError):
+    """The language model's judgement of the values at stake cannot be read."""
 
 
 class AggregationError(VispaError):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vispa_graph.engine.dictionary import SparseDictionary
     from vispa_graph.engine.directions import FitSettings, ReadOnce
     from vispa_graph.privacy import Privacy, Scrubber
+    from vispa_graph.taxonomy_index.selection import Selector
 
 T = TypeVar("T")
 # Room for an aggregated answer, as in the paper.
@@ -115,6 +116,11 @@ class Resources:
         from vispa_graph.provenance import describe
 
         return self._once("made_with", lambda: describe(self))
+
+    @property
+    def selector(self) -> Selector:
+        """What judges the values at stake, as the settings' `reranker` says."""
+        return self._once("selector", self._make_selector)
 
     @property
     def engine(self) -> Engine:
@@ -225,6 +231,25 @@ class Resources:
         if data.get("layers") is not None:
             data["layers"] = tuple(data["layers"])
         return Profile(**data)
+
+    def _make_selector(self) -> Selector:
+        from vispa_graph.taxonomy_index.selection import PhraseSelector
+
+        default = PhraseSelector(self.index)
+        kind, _, model = self.settings.reranker.partition(":")
+        if kind == "nli":
+            from vispa_graph.taxonomy_index.nli import NLISelector
+
+            return NLISelector(model, self.taxonomy, default, device=self.settings.device)
+        if kind == "cross-encoder":
+            from vispa_graph.taxonomy_index.cross_encoder import CrossEncoderSelector
+
+            return CrossEncoderSelector(model, self.taxonomy, default, device=self.settings.device)
+        if kind == "llm":
+            from vispa_graph.taxonomy_index.llm import LLMSelector
+
+            return LLMSelector(lambda: self.summariser, self.taxonomy, default)
+        return default
 
     def _load_engine(self) -> Engine:
         from vispa_graph.engine.huggingface import HuggingFaceEngine

@@ -5,14 +5,16 @@ from __future__ import annotations
 from vispa_graph.errors import EmptyQueryError, SelectionSizeError
 from vispa_graph.resources import Resources
 from vispa_graph.settings import Settings
-from vispa_graph.taxonomy_index.retriever import CANDIDATES
-from vispa_graph.taxonomy_index.selection import Selected, rank
+from vispa_graph.taxonomy_index.retriever import ValueReranker
+from vispa_graph.taxonomy_index.selection import Selected
 
 
 def select_values(query: str, k: int = 6, *, settings: Settings | None = None, resources: Resources | None = None) -> list[Selected]:
-    """The k values most at stake in a text, best first, each with a score in 0..1 and a reason.
+    """The values most at stake in a text, best first, each with a score in 0..1 and a reason.
 
-    No language model is loaded, only the sentence encoder and the index.
+    At most k, and none that scores below the settings' `min_score`: of a plain question such as "2+2" the list is empty. With
+    `diversity`, values are chosen in the order in which they add most. Only what the settings' `reranker` needs is loaded: by default the
+    sentence encoder and the index.
 
     Args:
         query: A question or a situation.
@@ -23,10 +25,13 @@ def select_values(query: str, k: int = 6, *, settings: Settings | None = None, r
     Raises:
         EmptyQueryError: The query is blank.
         SelectionSizeError: k is out of range.
+        SelectionError: A language model judged, and what it wrote cannot be read.
     """
     if not query.strip():
         raise EmptyQueryError("The query is empty. Give a question or a situation.")
     found = resources or Resources(settings or Settings())
     if not 1 <= k <= len(found.taxonomy):
         raise SelectionSizeError(f"k is {k}, but must be 1 to {len(found.taxonomy)}, the number of values in the taxonomy.")
-    return rank(found.index.search(query, CANDIDATES), found.taxonomy.ids)[:k]
+    chosen = found.settings
+    reranker = ValueReranker(index=found.index, selector=found.selector, k=k, min_score=chosen.min_score, diversity=chosen.diversity)
+    return [Selected(d.metadata["value"], d.metadata["score"], d.metadata["reason"]) for d in reranker.invoke(query)]

@@ -95,7 +95,18 @@ class Settings(BaseSettings):
         None, description="Whether an attribute outside the taxonomy gets a direction of its own, fitted on the spot; in the paper it does not."
     )
 
-    top_k: int = Field(6, ge=1, description="How many values are heard.")
+    reranker: str = Field(
+        "default",
+        pattern=r"^(default|llm|nli:.*\S|cross-encoder:.*\S)$",
+        description='What judges the values at stake: "default", "nli:<model>", "cross-encoder:<model>", or "llm", the main language model.',
+    )
+    top_k: int = Field(6, ge=1, description="How many values are heard at most.")
+    min_score: float = Field(
+        0.1, ge=0, le=1, description="Values that score lower are not heard; with the default reranker a probability. 0 hears top_k in any case."
+    )
+    diversity: float = Field(
+        0.0, ge=0, le=1, description="How much likeness to values chosen before counts against the score (MMR), in the Overton mode; 0 not at all."
+    )
     max_new_tokens: int | None = Field(None, ge=1, le=32768, description="Longest comment in tokens; 200 in the paper.")
     temperature: float = Field(0.0, ge=0, le=10, description="0 for greedy decoding.")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of the sampling, where temperature is above 0.")

@@ -38,6 +38,7 @@ class Candidate(TypedDict):
     source: str
     values: dict[str, float]
     score: float
+    row: int  # its place in the index
 
 
 class SelectedValue(TypedDict):

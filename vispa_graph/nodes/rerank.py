@@ -8,20 +8,22 @@ from langchain_core.documents import Document
 from langchain_core.runnables import RunnableConfig
 
 from vispa_graph.conversation import in_context
+from vispa_graph.errors import NoValuesError
 from vispa_graph.resources import Resources
 from vispa_graph.state import SelectedValue, State
 from vispa_graph.taxonomy_index import Value
 
 
 def rerank(state: State, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
-    """The k values at stake with scores and reasons; the caller's own where it named them.
+    """At most k values at stake with scores and reasons; the caller's own where it named them.
 
     A steerable attribute that names a value of the taxonomy, or that a direction can be fitted toward, is always heard, and first.
 
     Raises:
         UnknownValueError: The caller named a value that the taxonomy does not hold.
+        NoValuesError: No value is at stake enough to be heard.
     """
-    taxonomy = resources.taxonomy
+    taxonomy, settings = resources.taxonomy, resources.settings
     if state["asked"] is not None:
         ids = dict.fromkeys(taxonomy[name].id for name in state["asked"])
         selected = [_selected(taxonomy[value_id], 1.0, "named by the caller") for value_id in ids]
@@ -29,15 +31,26 @@ def rerank(state: State, config: RunnableConfig, *, resources: Resources) -> dic
         from vispa_graph.taxonomy_index.retriever import ValueReranker
 
         candidates = [
-            Document(page_content=c["text"], metadata={k: c[k] for k in ("kind", "source", "values", "score")}) for c in state["candidates"]
+            Document(page_content=c["text"], metadata={k: c[k] for k in ("kind", "source", "values", "score", "row")}) for c in state["candidates"]
         ]
-        reranker = ValueReranker(index=resources.index, k=resources.settings.top_k)
+        reranker = ValueReranker(
+            index=resources.index,
+            selector=resources.selector,
+            k=settings.top_k,
+            min_score=settings.min_score,
+            diversity=settings.diversity if state["mode"] == "overton" else 0.0,
+        )
         documents = reranker.invoke(in_context(state), config, candidates=candidates)
         selected = [_selected(taxonomy[d.metadata["value"]], d.metadata["score"], d.metadata["reason"]) for d in documents]
     if state["mode"] == "steerable" and (asked := resources.attribute_value(state["attribute"])):
         rest = [s for s in selected if s["id"] != asked.id]
-        kept = rest if state["asked"] is not None else rest[: resources.settings.top_k - 1]
+        kept = rest if state["asked"] is not None else rest[: settings.top_k - 1]
         selected = [_selected(asked, 1.0, "the attribute asked for"), *kept]
+    if not selected:
+        raise NoValuesError(
+            f"No value scores at least {settings.min_score:g} in this text, so none is heard: it may be a plain question. "
+            "Name values to hear, or lower min_score."
+        )
     return {"values": selected}
 
 

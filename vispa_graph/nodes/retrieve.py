@@ -53,7 +53,9 @@ def _candidates(turns: list[str], config: RunnableConfig, resources: Resources) 
     best: dict[tuple[str, str], Candidate] = {}
     for document in [document for text in texts for document in retriever.invoke(text, config)]:
         found = document.metadata
-        candidate = Candidate(text=document.page_content, kind=found["kind"], source=found["source"], values=found["values"], score=found["score"])
+        candidate = Candidate(
+            text=document.page_content, kind=found["kind"], source=found["source"], values=found["values"], score=found["score"], row=found["row"]
+        )
         key = (candidate["source"], candidate["text"])
         if key not in best or candidate["score"] > best[key]["score"]:
             best[key] = candidate

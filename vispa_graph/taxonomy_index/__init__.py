@@ -2,10 +2,8 @@
 
 from vispa_graph.taxonomy_index.encoder import Encoder, SentenceEncoder
 from vispa_graph.taxonomy_index.index import Hit, Phrase, TaxonomyIndex
-from vispa_graph.taxonomy_index.selection import Selected, rank
-from vispa_graph.taxonomy_index.taxonomy import FORMS, Concern, Form, Pair, Taxonomy, Value
+from vispa_graph.taxonomy_index.taxonomy import FORMS, Concern, Form, Pair, Situation, Taxonomy, Value
 
 __all__ = [
-    "FORMS", "Concern", "Encoder", "Form", "Hit", "Pair", "Phrase", "Selected", "SentenceEncoder", "Taxonomy", "TaxonomyIndex",
-    "Value", "rank",
+    "FORMS", "Concern", "Encoder", "Form", "Hit", "Pair", "Phrase", "SentenceEncoder", "Situation", "Taxonomy", "TaxonomyIndex", "Value",
 ]  # fmt: skip

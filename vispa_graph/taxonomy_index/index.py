@@ -1,6 +1,7 @@
 """The FAISS index over the phrases that point at values, built on first use and cached.
 
-A phrase is a value's definition, one of its facets, or one phrasing of a concern. Each points at one or more values with a weight.
+A phrase is a value's definition, one of its facets, the positive twin of one of its pairs, one phrasing of a concern, or a labelled
+situation. Each points at values with a weight; a plain question points at none.
 """
 
 from __future__ import annotations
@@ -13,17 +14,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as read_safetensors
+from safetensors.numpy import save_file
 
 from vispa_graph.errors import StoreError
 from vispa_graph.storage import atomic_folder
-from vispa_graph.taxonomy_index.encoder import Encoder
-from vispa_graph.taxonomy_index.taxonomy import Taxonomy
+from vispa_graph.taxonomy_index import kernel
+from vispa_graph.taxonomy_index.encoder import Encoder, Floats
+from vispa_graph.taxonomy_index.precomputed import encode_phrases
+from vispa_graph.taxonomy_index.taxonomy import Concern, Situation, Taxonomy
+from vispa_graph.taxonomy_index.vectors import search_vectors, vector_index
 
-Kind = Literal["definition", "facet", "concern"]
+Kind = Literal["definition", "facet", "sentence", "concern", "situation"]
 
-_FORMAT = 1
-_INDEX, _MANIFEST = "index.faiss", "manifest.json"
+_FORMAT = 2
+_INDEX, _WEIGHTS, _MANIFEST = "index.faiss", "weights.safetensors", "manifest.json"
 CENTRAL, RELEVANT = 1.0, 0.5
+OWN: frozenset[Kind] = frozenset({"definition", "facet", "sentence"})  # kinds whose source is their value
 
 
 @dataclass(frozen=True)
@@ -31,8 +39,8 @@ class Phrase:
     """A text that points at values.
 
     Attributes:
-        source: Id of the value or concern it belongs to.
-        weights: How much it speaks for each value id: 1 for a facet's own value and the central values of a concern, .5 for relevant ones.
+        source: Id of the value or concern it belongs to; "situation" for a labelled situation.
+        weights: How much it speaks for each value id: 1 for its own value or those that are central to it, .5 for relevant ones.
     """
 
     text: str
@@ -43,10 +51,16 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Hit:
-    """A phrase and its cosine to the query, -1..1."""
+    """A phrase near a query.
+
+    Attributes:
+        score: Its cosine to the query, -1..1.
+        row: Its place in the index.
+    """
 
     phrase: Phrase
     score: float
+    row: int
 
 
 def phrases_of(taxonomy: Taxonomy) -> list[Phrase]:
@@ -55,31 +69,49 @@ def phrases_of(taxonomy: Taxonomy) -> list[Phrase]:
     for value in taxonomy:
         phrases.append(Phrase(value.definition, "definition", value.id, {value.id: 1.0}))
         phrases += [Phrase(facet, "facet", value.id, {value.id: 1.0}) for facet in value.facets]
+        phrases += [Phrase(pair.positive, "sentence", value.id, {value.id: 1.0}) for pair in value.all_pairs]
     for concern in taxonomy.concerns:
-        weights = dict.fromkeys(concern.relevant, RELEVANT) | dict.fromkeys(concern.central, CENTRAL)
-        phrases += [Phrase(phrasing, "concern", concern.id, weights) for phrasing in concern.phrasings]
-    return phrases
+        phrases += [Phrase(phrasing, "concern", concern.id, _weights(concern)) for phrasing in concern.phrasings]
+    return phrases + [Phrase(situation.text, "situation", "situation", _weights(situation)) for situation in taxonomy.situations]
+
+
+def _weights(labelled: Concern | Situation) -> dict[str, float]:
+    return dict.fromkeys(labelled.relevant, RELEVANT) | dict.fromkeys(labelled.central, CENTRAL)
+
+
+def _digest(phrases: Sequence[Phrase], values: Sequence[str]) -> str:
+    """SHA-256 over all that an index is made of, beside the encoder."""
+    content = [list(values), [[p.text, p.kind, p.source, p.weights] for p in phrases]]
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
 
 class TaxonomyIndex:
-    """Exact inner-product search over the phrases of a taxonomy. Immutable; safe to share between threads."""
+    """Search over the phrases of a taxonomy. Immutable; safe to share between threads.
 
-    def __init__(self, taxonomy: Taxonomy, encoder: Encoder, index: Any) -> None:
+    Attributes:
+        phrases: The phrases, by row.
+        pull: How much each phrase pulls toward each value, [phrases, values], the values in the order of the taxonomy.
+        centroids: The mean vector of each value's own phrases, [values, dimensions].
+    """
+
+    def __init__(self, taxonomy: Taxonomy, encoder: Encoder, index: Any, pull: Floats, centroids: Floats) -> None:
         """Hold an index whose row i is the i-th phrase; use `build` or `open` to get one."""
         self.taxonomy = taxonomy
         self.encoder = encoder
         self.phrases: Sequence[Phrase] = phrases_of(taxonomy)
+        self.pull = pull
+        self.centroids = centroids
         self._index = index
 
     @classmethod
     def build(cls, taxonomy: Taxonomy, encoder: Encoder) -> TaxonomyIndex:
-        """Embed all phrases and index them."""
-        import faiss
-
-        vectors = encoder.encode([phrase.text for phrase in phrases_of(taxonomy)])
-        index = faiss.IndexFlatIP(vectors.shape[1])
-        index.add(vectors)
-        return cls(taxonomy, encoder, index)
+        """Embed all phrases, index them, and solve for their pull."""
+        phrases = phrases_of(taxonomy)
+        vectors = encode_phrases([phrase.text for phrase in phrases], encoder)
+        pull = kernel.solve(vectors, [phrase.weights for phrase in phrases], taxonomy.ids)
+        source = np.array([phrase.source if phrase.kind in OWN else "" for phrase in phrases])
+        centroids = np.stack([vectors[source == value].mean(axis=0) for value in taxonomy.ids])
+        return cls(taxonomy, encoder, vector_index(vectors), pull, centroids)
 
     @classmethod
     def open(cls, taxonomy: Taxonomy, encoder: Encoder, cache: Path) -> TaxonomyIndex:
@@ -88,8 +120,8 @@ class TaxonomyIndex:
         Raises:
             StoreError: The cached index is damaged or belongs to something else.
         """
-        key = {"format": _FORMAT, "taxonomy": taxonomy.fingerprint, "encoder": encoder.fingerprint}
-        folder = cache / "index" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+        name = hashlib.sha256(json.dumps(_key(taxonomy, encoder), sort_keys=True).encode()).hexdigest()[:24]
+        folder = cache / "index" / name
         if folder.exists():
             return cls.load(taxonomy, encoder, folder)
         built = cls.build(taxonomy, encoder)
@@ -97,18 +129,14 @@ class TaxonomyIndex:
         return built
 
     def save(self, folder: Path) -> None:
-        """Write index and manifest; the folder appears whole or not at all."""
+        """Write index, pull and manifest; the folder appears whole or not at all."""
         import faiss
 
         with atomic_folder(folder) as temporary:
             faiss.write_index(self._index, str(temporary / _INDEX))
-            manifest = {
-                "format": _FORMAT,
-                "taxonomy": self.taxonomy.fingerprint,
-                "encoder": self.encoder.fingerprint,
-                "phrases": len(self.phrases),
-                "sha256": hashlib.sha256((temporary / _INDEX).read_bytes()).hexdigest(),
-            }
+            save_file({"pull": self.pull, "centroids": self.centroids}, temporary / _WEIGHTS)
+            sums = {name: hashlib.sha256((temporary / name).read_bytes()).hexdigest() for name in (_INDEX, _WEIGHTS)}
+            manifest = _key(self.taxonomy, self.encoder) | {"phrases": len(self.phrases), "sha256": sums}
             (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
     @classmethod
@@ -123,23 +151,41 @@ class TaxonomyIndex:
         remedy = f"Remove the folder {folder} and it is built again."
         try:
             manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-            content = (folder / _INDEX).read_bytes()
-            if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
-                raise StoreError(f"The index in {folder} is damaged: its checksum differs from the manifest's. {remedy}")
-            for name, expected in (("format", _FORMAT), ("taxonomy", taxonomy.fingerprint), ("encoder", encoder.fingerprint)):
+            content = {name: (folder / name).read_bytes() for name in (_INDEX, _WEIGHTS)}
+            for name, read in content.items():
+                if hashlib.sha256(read).hexdigest() != manifest["sha256"][name]:
+                    raise StoreError(f"The index in {folder} is damaged: the checksum of {name} differs from the manifest's. {remedy}")
+            for name, expected in _key(taxonomy, encoder).items():
                 if manifest[name] != expected:
                     raise StoreError(f"The index in {folder} belongs to another {name}. {remedy}")
-            index = faiss.deserialize_index(np.frombuffer(content, dtype=np.uint8))
-            found = cls(taxonomy, encoder, index)
-            if index.ntotal != len(found.phrases):
+            index = faiss.deserialize_index(np.frombuffer(content[_INDEX], dtype=np.uint8))
+            weights = read_safetensors(content[_WEIGHTS])
+            found = cls(taxonomy, encoder, index, weights["pull"], weights["centroids"])
+            if index.ntotal != len(found.phrases) or found.pull.shape != (len(found.phrases), len(taxonomy)):
                 raise StoreError(f"The index in {folder} holds {index.ntotal} phrases, not the taxonomy's {len(found.phrases)}. {remedy}")
             return found
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise StoreError(f"The index in {folder} cannot be read ({type(error).__name__}). {remedy}") from error
 
     def search(self, query: str, n: int) -> list[Hit]:
         """The n phrases nearest to a query, best first; equal scores in the order of the taxonomy."""
-        scores, rows = self._index.search(self.encoder.encode([query]), min(n, len(self.phrases)))
+        return self.search_vector(self.encoder.encode([query]), n)
+
+    def search_vector(self, vector: Floats, n: int) -> list[Hit]:
+        """The same for an encoded query, [1, dimensions]."""
+        scores, rows = search_vectors(self._index, vector, n)
         # Rounded, so that the last bits of a float, which differ between batches and machines, decide nothing.
         ranked = sorted((-round(float(s), 5), int(r)) for s, r in zip(scores[0], rows[0], strict=True) if r >= 0)
-        return [Hit(self.phrases[row], -score) for score, row in ranked]
+        return [Hit(self.phrases[row], -score, row) for score, row in ranked]
+
+    def likeness(self, values: Sequence[str]) -> Floats:
+        """How like values are, 0..1, [values, values]: the cosine of what sets their phrases apart from all values', at least 0."""
+        place = {value: number for number, value in enumerate(self.taxonomy.ids)}
+        apart = (self.centroids - self.centroids.mean(axis=0))[[place[value] for value in values]]
+        unit = apart / np.maximum(np.linalg.norm(apart, axis=1, keepdims=True), 1e-9)
+        return np.asarray((unit @ unit.T).clip(0, 1), dtype=np.float32)
+
+
+def _key(taxonomy: Taxonomy, encoder: Encoder) -> dict[str, Any]:
+    solved = [kernel.TEMPERATURE, kernel.RIDGE]
+    return {"format": _FORMAT, "taxonomy": _digest(phrases_of(taxonomy), taxonomy.ids), "encoder": encoder.fingerprint, "kernel": solved}

@@ -9,15 +9,12 @@ from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from pydantic import ConfigDict, Field
 
-from vispa_graph.taxonomy_index.index import Hit, Phrase, TaxonomyIndex
-from vispa_graph.taxonomy_index.selection import rank
-
-# Every phrase takes part in the vote with a weight that falls off fast; beyond these it is nothing.
-CANDIDATES = 200
+from vispa_graph.taxonomy_index.index import Hit, TaxonomyIndex
+from vispa_graph.taxonomy_index.selection import CANDIDATES, Selector, choose
 
 
 class TaxonomyRetriever(BaseRetriever):
-    """The phrases of the taxonomy nearest to a query, as documents: the text, and score, kind, source and values as metadata."""
+    """The phrases of the taxonomy nearest to a query, as documents: the text, and score, kind, source, values and row as metadata."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
     index: TaxonomyIndex = Field(repr=False)
@@ -27,7 +24,13 @@ class TaxonomyRetriever(BaseRetriever):
         return [
             Document(
                 page_content=hit.phrase.text,
-                metadata={"score": hit.score, "kind": hit.phrase.kind, "source": hit.phrase.source, "values": dict(hit.phrase.weights)},
+                metadata={
+                    "score": hit.score,
+                    "kind": hit.phrase.kind,
+                    "source": hit.phrase.source,
+                    "values": dict(hit.phrase.weights),
+                    "row": hit.row,
+                },
             )
             for hit in self.index.search(query, self.n)
         ]
@@ -38,24 +41,34 @@ class ValueReranker(BaseRetriever):
 
     Give the candidates with each call: `reranker.invoke(query, candidates=documents)`. Metadata says what moved and why: `rank` from 1,
     `retrieved` the place that the nearest phrase gave the value, `reason` the phrase that spoke for it.
+
+    Attributes:
+        k: The most values to choose.
+        min_score: 0..1; values that score lower are left out.
+        diversity: 0..1; how much unlikeness to the values chosen before counts against the score.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
     index: TaxonomyIndex = Field(repr=False)
+    selector: Selector = Field(repr=False)
     k: int
+    min_score: float = 0.0
+    diversity: float = 0.0
 
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, candidates: list[Document] | None = None, **_: Any
     ) -> list[Document]:
-        hits = [
-            Hit(Phrase(d.page_content, d.metadata["kind"], d.metadata["source"], d.metadata["values"]), d.metadata["score"])
-            for d in (candidates if candidates is not None else [])
-        ] or self.index.search(query, CANDIDATES)
-        taxonomy = self.index.taxonomy
+        if candidates is None:
+            hits = self.index.search(query, CANDIDATES)
+        else:
+            hits = [Hit(self.index.phrases[d.metadata["row"]], d.metadata["score"], d.metadata["row"]) for d in candidates]
+        ranked = self.selector.rank(query, hits, {"callbacks": run_manager.get_child()})
+        likeness = self.index.likeness([selected.value for selected in ranked]) if self.diversity else None
         places = {value: place for place, value in enumerate(dict.fromkeys(value for hit in hits for value in hit.phrase.weights), 1)}
+        chosen = choose(ranked, self.k, min_score=self.min_score, diversity=self.diversity, likeness=likeness)
         return [
             Document(
-                page_content=taxonomy[selected.value].definition,
+                page_content=self.index.taxonomy[selected.value].definition,
                 metadata={
                     "value": selected.value,
                     "score": selected.score,
@@ -64,5 +77,5 @@ class ValueReranker(BaseRetriever):
                     "retrieved": places.get(selected.value),
                 },
             )
-            for place, selected in enumerate(rank(hits, taxonomy.ids)[: self.k], 1)
+            for place, selected in enumerate(chosen, 1)
         ]

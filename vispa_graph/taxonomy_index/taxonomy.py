@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,6 +24,8 @@ FORMS: tuple[Form, ...] = get_args(Form)
 SHIPPED = Path(__file__).parent / "values"
 BIOETHICS = Path(__file__).parent / "bioethics"
 CONCERNS = Path(__file__).parent / "concerns.yaml"
+SITUATIONS = Path(__file__).parent / "situations.json"
+PLAIN_QUESTIONS = Path(__file__).parent / "plain_questions.txt"
 
 _REQUIRED = ("id", "name", "family", "source", "definition", "facets", "pairs")
 _OPTIONAL = ("aliases", "polarity", "alpha")
@@ -87,13 +89,22 @@ class Concern:
     where: str = field(default="", compare=False)
 
 
+@dataclass(frozen=True)
+class Situation:
+    """A text as people write it and the values that are at stake in it; none for a plain question such as "2+2"."""
+
+    text: str
+    central: tuple[str, ...] = ()
+    relevant: tuple[str, ...] = ()
+
+
 class Taxonomy:
-    """An immutable, ordered collection of values, with the bank of concerns that points at them.
+    """An immutable, ordered collection of values, with the concerns and situations that point at them.
 
     Iterating gives the values in order; `taxonomy["self-direction"]` looks one up by id, name or alias.
     """
 
-    def __init__(self, values: Sequence[Value], concerns: Sequence[Concern] = ()) -> None:
+    def __init__(self, values: Sequence[Value], concerns: Sequence[Concern] = (), situations: Sequence[Situation] = ()) -> None:
         """Check and hold the values.
 
         Raises:
@@ -118,6 +129,7 @@ class Taxonomy:
         for value in values:
             self._names[_key(value.id)] = value.id
         self.concerns = tuple(concerns)
+        self.situations = tuple(situations)
 
     @classmethod
     def load(cls, *folders: Path | str, shipped: bool = True, bioethics: bool = False) -> Taxonomy:
@@ -153,7 +165,7 @@ class Taxonomy:
                     raise TaxonomyError(
                         f"{concern.where}: concern {concern.id!r} points at the value {value_id!r}, which no file defines. Mend the id or add the value."
                     )
-        return cls(values, _pointing_at(known, concerns))
+        return cls(values, _pointing_at(known, concerns), _labelled_with(known, read_situations() if shipped else ()))
 
     def __iter__(self) -> Iterator[Value]:
         return iter(self._values.values())
@@ -186,13 +198,14 @@ class Taxonomy:
         return tuple(self._values)
 
     def subset(self, ids: Sequence[str]) -> Taxonomy:
-        """The taxonomy of some of the values; concerns keep only what points at them."""
+        """The taxonomy of some of the values; concerns and situations keep only what points at them."""
         chosen = [self[value_id] for value_id in ids]
-        return Taxonomy(chosen, _pointing_at({value.id for value in chosen}, self.concerns))
+        known = {value.id for value in chosen}
+        return Taxonomy(chosen, _pointing_at(known, self.concerns), _labelled_with(known, self.situations))
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over everything that selection and steering depend on, as 64 hex digits."""
+        """SHA-256 over the values and concerns, as 64 hex digits."""
         content: list[Any] = [[v.id, v.name, v.definition, v.facets, v.alpha, [[p.positive, p.negative] for p in v.all_pairs]] for v in self]
         content.append([[c.id, c.phrasings, c.central, c.relevant] for c in self.concerns])
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
@@ -202,6 +215,11 @@ def _pointing_at(known: set[str], concerns: Sequence[Concern]) -> list[Concern]:
     """The concerns with only these values; those left with none are dropped."""
     kept = [replace(c, central=tuple(v for v in c.central if v in known), relevant=tuple(v for v in c.relevant if v in known)) for c in concerns]
     return [concern for concern in kept if concern.central or concern.relevant]
+
+
+def _labelled_with(known: set[str], situations: Iterable[Situation]) -> list[Situation]:
+    """The situations with only these values; one in which none of them is at stake says so, and stays."""
+    return [Situation(s.text, tuple(v for v in s.central if v in known), tuple(v for v in s.relevant if v in known)) for s in situations]
 
 
 def _key(name: str) -> str:
@@ -312,6 +330,14 @@ def read_concerns(path: Path) -> list[Concern]:
         phrasings, central, relevant = (tuple(texts) for texts in lists)
         concerns.append(Concern(entry["id"], phrasings, central, relevant, where))
     return concerns
+
+
+def read_situations() -> list[Situation]:
+    """The labelled situations of the package, and its plain questions, in which nothing is at stake."""
+    data = json.loads(SITUATIONS.read_text(encoding="utf-8"))
+    ids = data["values"]
+    labelled = [Situation(text, tuple(ids[i] for i in central), tuple(ids[i] for i in relevant)) for text, central, relevant in data["situations"]]
+    return labelled + [Situation(text) for text in PLAIN_QUESTIONS.read_text(encoding="utf-8").splitlines()]
 
 
 def _read(path: Path) -> tuple[yaml.Node, Any]:

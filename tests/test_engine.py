@@ -1228,6 +1228,75 @@ def test_the_fingerprint_is_the_same_for_a_reload_and_different_for_other_weight
     assert fingerprint(model, tokenizer) != loaded.fingerprint
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rms_norm_eps": 1e-3},
+        {"rope_theta": 5e4},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        {"hidden_act": "gelu"},
+    ],
+)
+def test_the_fingerprint_tells_configurations_apart_that_no_weight_shows(changes):
+    tokenizer = byte_tokenizer()
+    assert fingerprint(tiny_model(**changes), tokenizer) != fingerprint(tiny_model(), tokenizer)
+
+
+def test_the_fingerprint_knows_a_configuration_neither_by_its_name_nor_by_its_version():
+    tokenizer, model = byte_tokenizer(), tiny_model()
+    plain = fingerprint(model, tokenizer)
+    model.config._name_or_path, model.config.architectures, model.config.transformers_version = "/elsewhere", ["Other"], "1.0"
+    model.config.use_cache = False
+    assert fingerprint(model, tokenizer) == plain
+
+
+@pytest.mark.parametrize("kind", ["saved", "derived"])
+def test_the_fingerprint_covers_buffers(kind):
+    tokenizer, model = byte_tokenizer(), tiny_model()
+    model.register_buffer("extra", torch.zeros(3), persistent=kind == "saved")
+    plain = fingerprint(model, tokenizer)
+    model.extra.add_(1)
+    assert fingerprint(model, tokenizer) != plain
+
+
+def test_the_fingerprint_samples_every_column_of_a_square_matrix():
+    tokenizer, model = byte_tokenizer(), tiny_model(hidden_size=256)
+    plain = fingerprint(model, tokenizer)
+    weight = find_blocks(model)[0].self_attn.q_proj.weight
+    for column in (0, 1, 100, 255):
+        before = weight.detach().clone()
+        weight.data[:, column] += 1
+        assert fingerprint(model, tokenizer) != plain
+        weight.data.copy_(before)
+    assert fingerprint(model, tokenizer) == plain
+
+
+def our_hooks(model):
+    """Those that transformers itself leaves on the blocks are not ours."""
+    return [h for block in find_blocks(model) for h in block._forward_hooks.values() if h.__module__.startswith("vispa_graph")]
+
+
+def test_a_model_whose_weights_are_not_in_memory_is_refused_without_hooks_left_behind():
+    model = tiny_model()
+    block = find_blocks(model)[3]
+    block.mlp.up_proj.weight = torch.nn.Parameter(block.mlp.up_proj.weight.to("meta"))
+    with pytest.raises(SettingsError, match="not in memory"):
+        HuggingFaceEngine(model, byte_tokenizer(), name="tiny")
+    assert not our_hooks(model)
+
+
+def test_a_fingerprint_that_fails_leaves_no_hooks_behind(monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr("vispa_graph.engine.huggingface.fingerprint", lambda *_: 1 / 0)
+    with pytest.raises(UnsteerableModelError, match="ZeroDivisionError"):
+        HuggingFaceEngine(model, byte_tokenizer(), name="tiny")
+    assert not our_hooks(model)
+    monkeypatch.undo()
+    engine = HuggingFaceEngine(model, byte_tokenizer(), name="tiny")
+    assert len(our_hooks(model)) == DEPTH
+    engine.close()
+
+
 def test_a_saved_model_answers_as_the_one_in_memory(saved, opened):
     folder = saved(tiny_model())
     loaded = HuggingFaceEngine.load(str(folder), name="mine", linger=0.0)

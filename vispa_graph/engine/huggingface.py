@@ -49,6 +49,12 @@ _PROBE = "My father, 84, said: “No\u00a0— Café Zürich, ÅNGSTRÖM!”\n\n 
 # Longest entry of a vocabulary that may be a letter, with what marks a blank before it: "\u2581", "\u0120", "\u010a".
 _SPELLING = 4
 
+# Entries of a configuration that change no state; nor do those that its library writes about itself.
+_INDECISIVE = frozenset(
+    {"architectures", "auto_map", "id2label", "label2id", "initializer_range", "output_attentions", "output_hidden_states"}
+    | {"output_router_logits", "return_dict", "use_cache"}
+)
+
 _log = logging.getLogger(__name__)
 
 
@@ -81,6 +87,7 @@ class HuggingFaceEngine:
             answered the same alone and in a batch.
         NotCausalError: What the model makes of a token depends on the tokens after it.
         NonFiniteError: The model's activations are not finite.
+        SettingsError: Some of the model's weights are not in memory.
     """
 
     def __init__(
@@ -96,6 +103,11 @@ class HuggingFaceEngine:
     ) -> None:
         if not model.can_generate():
             raise NotCausalError(f"{type(model).__name__} does not generate text: it has no language-model head. Choose a causal language model.")
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise SettingsError(
+                f"Some weights of {type(model).__name__} are not in memory (device_map has put them off to the processor or a disk), so it cannot be "
+                "steered. Give it more or larger devices, a smaller dtype, or the device cpu."
+            )
         self._model = model
         model.train(False)
         self._tokenizer = tokenizer
@@ -116,12 +128,12 @@ class HuggingFaceEngine:
             vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
             check_batching(type(model).__name__, self._two_steps, vocabulary)
             self._sharing_problem = sharing_problem(self._two_steps, vocabulary)
+            self._fingerprint = fingerprint(model, tokenizer)
         except BaseException as error:
             self._hooks.remove()
             if not isinstance(error, Exception) or isinstance(error, VispaError):
                 raise
             raise UnsteerableModelError(f"{type(model).__name__} cannot be steered: it fails on a few tokens ({_first_line(error)}).") from error
-        self._fingerprint = fingerprint(model, tokenizer)
         self._letters: dict[str, list[int]] = {}
         self._batcher: Batcher[_Work] = Batcher(self._run, linger=linger, capacity=capacity, queue_size=queue_size, finish=self._hooks.remove)
 
@@ -635,19 +647,53 @@ class _Always(LogitsProcessor):
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256, 64 hex digits, over all that decides a state read from a text.
 
-    That is names, shapes and a strided sample of up to 1024 numbers of every parameter, the dtype, the tokenizer's vocabulary, how it cuts
-    a text, and its chat template.
+    That is the configuration as far as it differs from its class's defaults; names, shapes and a strided sample of about 1024 numbers of
+    every parameter and saved buffer; what other buffers hold (the frequencies of rotary positions); the dtype; the tokenizer's
+    vocabulary, how it cuts a text, and its chat template. The same for a model in memory and reloaded, and for any version of its library
+    that keeps these.
     """
     digest = hashlib.sha256()
+    saved = model.state_dict(keep_vars=True).keys()
+    derived = set()
+    for name, buffer in model.named_buffers():
+        if name in saved:
+            digest.update(f"{name}{tuple(buffer.shape)}".encode() + _sample(buffer.float()))
+        elif buffer.is_floating_point():
+            # Computed when the model is made: the last bits differ between devices, names and copies between versions of the library.
+            derived.add(_sample(buffer.bfloat16().float()))
     for name, parameter in model.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
-        digest.update(flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy().tobytes())
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + _sample(parameter.detach()))
+    for values in sorted(derived):
+        digest.update(values)
     # How it cuts a text and not how it is written down, which differs between versions of its library.
     cut = tokenizer(_PROBE)["input_ids"]
-    identity = [str(model.dtype), tokenizer.get_vocab(), cut, tokenizer.chat_template]
+    config = model.config
+    defaults = {} if getattr(config, "has_no_defaults_at_construction", False) else type(config)().to_dict()
+    identity = [config.model_type, _decisive(config.to_dict(), defaults), str(model.dtype), tokenizer.get_vocab(), cut, tokenizer.chat_template]
     digest.update(json.dumps(identity, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _sample(values: torch.Tensor) -> bytes:
+    """About 1024 of the numbers, at a stride that walks through all columns."""
+    flat = values.reshape(-1)
+    stride = max(1, flat.numel() // 1024)
+    while values.ndim and math.gcd(stride, values.shape[-1]) > 1:
+        stride += 1
+    return flat[::stride].float().cpu().numpy().tobytes()
+
+
+def _decisive(configuration: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without its defaults, to which versions of its library add, and without what decides no state."""
+    kept = {
+        name: value
+        for name, value in configuration.items()
+        if value != defaults.get(name)
+        and name not in _INDECISIVE
+        and not name.startswith("_")
+        and not name.endswith(("_token_id", "dtype", "version"))
+    }
+    return {name: _decisive(value, defaults.get(name) or {}) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def _load_error(model: str, error: Exception) -> Exception:

@@ -575,6 +575,19 @@ def test_a_listener_that_raises_fails_only_its_own_request_and_nobody_hears_a_pi
     assert "promise" not in str(raised.value)
 
 
+def test_a_listener_that_raises_does_not_make_its_neighbours_run_again(opened):
+    model = reciting_model("maybe so")
+    engine = opened(model)
+
+    def run():
+        with worker_held(engine):
+            futures = [engine.generate(ask(PROMPT, max_new_tokens=20)), engine.generate(ask(PROMPT, max_new_tokens=20, on_token=lambda _: 1 / 0))]
+        assert isinstance(futures[1].exception(60), BatchError)
+        assert futures[0].result(60).batch_rows == 2
+
+    assert len(recorded_logits(model, run)) == 1 + len("maybe so") + 1  # the one that holds the worker, and one for each token with the end
+
+
 def test_a_batch_ends_with_its_last_row_even_if_the_others_would_never_stop(opened):
     model = reciting_model("oka")
     embeddings = model.model.embed_tokens.weight.detach().numpy()
@@ -699,6 +712,79 @@ def test_a_request_that_does_not_fit_into_memory_by_itself_fails_alone(kind, ope
         handle.remove()
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("MPS backend out of memory"), RuntimeError("boom")])
+def test_a_batch_that_fails_with_nobody_left_to_answer_is_not_run_again(error, opened):
+    model = tiny_model()
+    engine = opened(model)
+    expected = engine.generate(ask(PROMPT, max_new_tokens=3)).result().text
+    futures, passes = [], []
+
+    def fails(rows, step):
+        if rows > 1:
+            passes.append(step)
+            for future in futures:
+                future.cancel()
+            return error
+        return None
+
+    with failing_forward(model, fails):
+        with worker_held(engine):
+            futures.extend(engine.generate(ask(PROMPT, max_new_tokens=3)) for _ in range(3))
+        assert engine.generate(ask(PROMPT, max_new_tokens=3)).result(60).text == expected
+    assert len(passes) == 1
+    assert all(future.cancelled() for future in futures)
+
+
+def test_memory_that_runs_out_on_mps_is_told_by_its_words(opened):
+    model = tiny_model()
+    engine = opened(model)
+    with (
+        failing_forward(model, lambda rows, step: RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)")),
+        pytest.raises(EngineMemoryError),
+    ):
+        engine.generate(ask(PROMPT, max_new_tokens=2)).result(60)
+
+
+def test_a_text_that_becomes_another_when_its_batch_is_run_again_fails_if_it_was_streamed(opened):
+    model = reciting_model("maybe so")
+    engine = opened(model)
+    pieces = []
+
+    def fails(rows, step):
+        if rows > 1 and step == 4:
+            model.lm_head.weight.data.zero_()
+            return RuntimeError("boom")
+        return None
+
+    with failing_forward(model, fails):
+        with worker_held(engine):
+            streamed = engine.generate(ask(PROMPT, max_new_tokens=5, on_token=pieces.append))
+            whole = engine.generate(ask(PROMPT, max_new_tokens=5))
+        with pytest.raises(BatchError, match="another than the one streamed"):
+            streamed.result(60)
+        whole.result(60)
+    assert "".join(pieces) in ("may", "mayb")
+    assert whole.result(60).text == "!!!!!"
+
+
+def test_deadlines_hold_for_requests_of_a_batch_that_wait_for_a_part_of_it(opened):
+    model = silent_end(tiny_model())
+    engine = opened(model)
+    handle = model.register_forward_pre_hook(lambda *_: time.sleep(0.005))
+    try:
+        with worker_held(engine):
+            ahead = engine.generate(ask(PROMPT, max_new_tokens=CONTEXT - 100))
+            late = engine.generate(ask("x" * 200, max_new_tokens=8, timeout=0.3))  # too long to share the context with the first
+            cancelled = engine.generate(ask("x" * 200, max_new_tokens=8))
+        cancelled.cancel()
+        with pytest.raises(DeadlineError):
+            late.result(60)
+        assert not ahead.done()
+        ahead.cancel()
+    finally:
+        handle.remove()
+
+
 def test_readings_for_which_memory_runs_out_are_halved_too(opened):
     model = tiny_model()
     engine = opened(model)
@@ -791,6 +877,8 @@ def test_a_full_queue_refuses_through_the_future(opened):
         (ask(PROMPT, max_new_tokens=0), "at least 1"),
         (ask(PROMPT, temperature=-1.0), "temperature"),
         (ask(PROMPT, temperature=math.nan), "temperature"),
+        (ask(PROMPT, seed=-1), "seed"),
+        (ask(PROMPT, seed=2**63), "seed"),
         (ask(PROMPT, steering=steer(random_direction(LAYERS), math.nan)), "finite"),
         (ask(PROMPT, steering=steer(random_direction(LAYERS), target=1.0)), "between 0 and 1"),
         (ScoreRequest([{"role": "user", "content": PROMPT}], ()), "1 to 26"),
@@ -915,9 +1003,9 @@ def test_without_a_chat_template_turns_are_set_apart_by_blank_lines(opened):
     assert byte_tokenizer().decode(ids) == "Be kind.\n\nWhy?\n\n"
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_prompt_too_long_loses_its_middle_and_says_how_much(architecture, opened):
-    model = tiny_model(architecture, max_position_embeddings=128) if architecture == "llama" else tiny_model(architecture, n_positions=128)
+@pytest.mark.parametrize(("architecture", "limit"), [("llama", "max_position_embeddings"), ("gpt2", "n_positions"), ("mpt", "max_seq_len")])
+def test_a_prompt_too_long_loses_its_middle_and_says_how_much(architecture, limit, opened):
+    model = tiny_model(architecture, **{limit: 128})
     engine = opened(model)
     text = "".join(chr(ord("a") + i % 26) for i in range(300))
     results = []

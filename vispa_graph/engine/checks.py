@@ -25,7 +25,7 @@ def check_steerable(model: Any, blocks: nn.ModuleList) -> None:
     Raises:
         UnsteerableModelError: It is not so.
         NotCausalError: A token sees the tokens after it, as in an encoder.
-        NonFiniteError: The states are not finite.
+        NonFiniteError: The states or the logits are not finite.
     """
     name = type(model).__name__
     complaint = f"{name} cannot be steered: "
@@ -41,6 +41,8 @@ def check_steerable(model: Any, blocks: nn.ModuleList) -> None:
         raise UnsteerableModelError(complaint + f"its blocks return states of the shape {tuple(seen[0].shape)}, not rows x positions x width.")
     if not all(torch.isfinite(state).all() for state in seen):
         raise NonFiniteError(f"The activations of {name} are not finite. Try dtype float32 or bfloat16, or another copy of the weights.")
+    if torch.isnan(before.logits).any():
+        raise NonFiniteError(f"The logits of {name} are not finite. Try dtype float32 or bfloat16, or another copy of the weights.")
     if not all(torch.allclose(one[:, :-1], other[:, :-1], atol=1e-4, rtol=1e-3) for one, other in zip(seen, other_end, strict=True)):
         raise NotCausalError(f"{name} lets a token see the tokens after it, so it does not generate text. Choose a causal language model.")
     for layer in range(len(blocks) - 1):

@@ -90,6 +90,21 @@ def test_rows_times_width_stays_within_the_capacity(batcher_of):
     assert [[payload for _, payload in batch] for batch in run.batches[1:]] == [[0, 1, 3], [2, 4]]
 
 
+def test_a_batch_is_as_wide_as_its_longest_prompt_and_its_longest_answer_together(batcher_of):
+    run = Runner(held=True)
+    jobs = [Job("a", 40, 0, new=10), Job("a", 10, 1, new=40), Job("a", 10, 2, new=10)]
+    wait(submit_behind_a_held_one(batcher_of(run, capacity=100), run, jobs), 30)
+    assert run.batches[1:] == [[("a", 0), ("a", 2)], [("a", 1)]]
+
+
+def test_a_backlog_that_fills_a_batch_waits_for_no_others(batcher_of):
+    run = Runner()
+    batcher = batcher_of(run, linger=60.0, capacity=20)
+    futures = [batcher.submit(Job("a", 10, number)) for number in range(3)]
+    assert [future.result(30) for future in futures[:2]] == [0, 2]
+    assert not futures[2].done()
+
+
 def test_a_request_larger_than_the_capacity_runs_by_itself(batcher_of):
     run = Runner(held=True)
     jobs = [Job("a", 500, 1), Job("a", 10, 2), Job("a", 10, 3)]
@@ -249,6 +264,21 @@ def test_a_request_whose_time_is_up_fails_before_its_batch_and_is_never_run(batc
     run.gate.set()
     assert (first.result(30), patient.result(30)) == (0, 4)
     assert run.batches == [[("first", 0)], [("a", 2)]]
+
+
+def test_sweeping_fails_those_taken_from_the_queue_whose_time_is_up(batcher_of):
+    failed = []
+
+    def run(jobs):
+        time.sleep(0.1)
+        batcher.sweep()
+        failed.append(jobs[0].future.done())
+
+    batcher = batcher_of(run)
+    with pytest.raises(DeadlineError):
+        batcher.submit(Job("a", 1, 1, timeout=0.05)).result(30)
+    batcher.close()
+    assert failed == [True]
 
 
 def test_sweeping_takes_cancelled_requests_out_of_the_queue(batcher_of):

@@ -575,6 +575,19 @@ def test_a_listener_that_raises_fails_only_its_own_request_and_nobody_hears_a_pi
     assert "promise" not in str(raised.value)
 
 
+def test_a_listener_that_raises_does_not_make_its_neighbours_run_again(opened):
+    model = reciting_model("maybe so")
+    engine = opened(model)
+
+    def run():
+        with worker_held(engine):
+            futures = [engine.generate(ask(PROMPT, max_new_tokens=20)), engine.generate(ask(PROMPT, max_new_tokens=20, on_token=lambda _: 1 / 0))]
+        assert isinstance(futures[1].exception(60), BatchError)
+        assert futures[0].result(60).batch_rows == 2
+
+    assert len(recorded_logits(model, run)) == 1 + len("maybe so") + 1  # the one that holds the worker, and one for each token with the end
+
+
 def test_a_batch_ends_with_its_last_row_even_if_the_others_would_never_stop(opened):
     model = reciting_model("oka")
     embeddings = model.model.embed_tokens.weight.detach().numpy()
@@ -699,6 +712,79 @@ def test_a_request_that_does_not_fit_into_memory_by_itself_fails_alone(kind, ope
         handle.remove()
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("MPS backend out of memory"), RuntimeError("boom")])
+def test_a_batch_that_fails_with_nobody_left_to_answer_is_not_run_again(error, opened):
+    model = tiny_model()
+    engine = opened(model)
+    expected = engine.generate(ask(PROMPT, max_new_tokens=3)).result().text
+    futures, passes = [], []
+
+    def fails(rows, step):
+        if rows > 1:
+            passes.append(step)
+            for future in futures:
+                future.cancel()
+            return error
+        return None
+
+    with failing_forward(model, fails):
+        with worker_held(engine):
+            futures.extend(engine.generate(ask(PROMPT, max_new_tokens=3)) for _ in range(3))
+        assert engine.generate(ask(PROMPT, max_new_tokens=3)).result(60).text == expected
+    assert len(passes) == 1
+    assert all(future.cancelled() for future in futures)
+
+
+def test_memory_that_runs_out_on_mps_is_told_by_its_words(opened):
+    model = tiny_model()
+    engine = opened(model)
+    with (
+        failing_forward(model, lambda rows, step: RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)")),
+        pytest.raises(EngineMemoryError),
+    ):
+        engine.generate(ask(PROMPT, max_new_tokens=2)).result(60)
+
+
+def test_a_text_that_becomes_another_when_its_batch_is_run_again_fails_if_it_was_streamed(opened):
+    model = reciting_model("maybe so")
+    engine = opened(model)
+    pieces = []
+
+    def fails(rows, step):
+        if rows > 1 and step == 4:
+            model.lm_head.weight.data.zero_()
+            return RuntimeError("boom")
+        return None
+
+    with failing_forward(model, fails):
+        with worker_held(engine):
+            streamed = engine.generate(ask(PROMPT, max_new_tokens=5, on_token=pieces.append))
+            whole = engine.generate(ask(PROMPT, max_new_tokens=5))
+        with pytest.raises(BatchError, match="another than the one streamed"):
+            streamed.result(60)
+        whole.result(60)
+    assert "".join(pieces) in ("may", "mayb")
+    assert whole.result(60).text == "!!!!!"
+
+
+def test_deadlines_hold_for_requests_of_a_batch_that_wait_for_a_part_of_it(opened):
+    model = silent_end(tiny_model())
+    engine = opened(model)
+    handle = model.register_forward_pre_hook(lambda *_: time.sleep(0.005))
+    try:
+        with worker_held(engine):
+            ahead = engine.generate(ask(PROMPT, max_new_tokens=CONTEXT - 100))
+            late = engine.generate(ask("x" * 200, max_new_tokens=8, timeout=0.3))  # too long to share the context with the first
+            cancelled = engine.generate(ask("x" * 200, max_new_tokens=8))
+        cancelled.cancel()
+        with pytest.raises(DeadlineError):
+            late.result(60)
+        assert not ahead.done()
+        ahead.cancel()
+    finally:
+        handle.remove()
+
+
 def test_readings_for_which_memory_runs_out_are_halved_too(opened):
     model = tiny_model()
     engine = opened(model)
@@ -791,6 +877,8 @@ def test_a_full_queue_refuses_through_the_future(opened):
         (ask(PROMPT, max_new_tokens=0), "at least 1"),
         (ask(PROMPT, temperature=-1.0), "temperature"),
         (ask(PROMPT, temperature=math.nan), "temperature"),
+        (ask(PROMPT, seed=-1), "seed"),
+        (ask(PROMPT, seed=2**63), "seed"),
         (ask(PROMPT, steering=steer(random_direction(LAYERS), math.nan)), "finite"),
         (ask(PROMPT, steering=steer(random_direction(LAYERS), target=1.0)), "between 0 and 1"),
         (ScoreRequest([{"role": "user", "content": PROMPT}], ()), "1 to 26"),
@@ -829,15 +917,16 @@ def test_sampling_repeats_with_its_seed_and_changes_with_another(engines):
 
 def test_sampling_draws_from_the_softmax_at_its_temperature(opened):
     model = tiny_model(tie_word_embeddings=False)
+    engine = opened(model)
     temperature, draws = 0.5, 400
-    with torch.no_grad():  # a model that can only say a, b or c
+    with torch.no_grad():  # a model that can only say a, b or c, whatever its blocks do
         head = model.lm_head
         head.bias = torch.nn.Parameter(torch.full((VOCABULARY,), -1e4))
         head.weight.zero_()
         wanted = byte_tokenizer()("abc")["input_ids"]
         head.bias[wanted] = torch.tensor([0.0, 1.0, 2.0])
     expected = torch.softmax(torch.tensor([0.0, 1.0, 2.0]) / temperature, 0).numpy()
-    results = together(opened(model), *(ask("Why?", max_new_tokens=1, temperature=temperature, seed=seed) for seed in range(draws)))
+    results = together(engine, *(ask("Why?", max_new_tokens=1, temperature=temperature, seed=seed) for seed in range(draws)))
     shares = np.array([sum(r.text == letter for r in results) / draws for letter in "abc"])
     assert shares.sum() == 1
     assert np.abs(shares - expected).max() < 4 * math.sqrt(0.25 / draws)
@@ -915,9 +1004,9 @@ def test_without_a_chat_template_turns_are_set_apart_by_blank_lines(opened):
     assert byte_tokenizer().decode(ids) == "Be kind.\n\nWhy?\n\n"
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_prompt_too_long_loses_its_middle_and_says_how_much(architecture, opened):
-    model = tiny_model(architecture, max_position_embeddings=128) if architecture == "llama" else tiny_model(architecture, n_positions=128)
+@pytest.mark.parametrize(("architecture", "limit"), [("llama", "max_position_embeddings"), ("gpt2", "n_positions"), ("mpt", "max_seq_len")])
+def test_a_prompt_too_long_loses_its_middle_and_says_how_much(architecture, limit, opened):
+    model = tiny_model(architecture, **{limit: 128})
     engine = opened(model)
     text = "".join(chr(ord("a") + i % 26) for i in range(300))
     results = []
@@ -1226,6 +1315,75 @@ def test_the_fingerprint_is_the_same_for_a_reload_and_different_for_other_weight
     with torch.no_grad():
         find_blocks(model)[3].mlp.up_proj.weight.add_(1e-3)
     assert fingerprint(model, tokenizer) != loaded.fingerprint
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rms_norm_eps": 1e-3},
+        {"rope_theta": 5e4},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        {"hidden_act": "gelu"},
+    ],
+)
+def test_the_fingerprint_tells_configurations_apart_that_no_weight_shows(changes):
+    tokenizer = byte_tokenizer()
+    assert fingerprint(tiny_model(**changes), tokenizer) != fingerprint(tiny_model(), tokenizer)
+
+
+def test_the_fingerprint_knows_a_configuration_neither_by_its_name_nor_by_its_version():
+    tokenizer, model = byte_tokenizer(), tiny_model()
+    plain = fingerprint(model, tokenizer)
+    model.config._name_or_path, model.config.architectures, model.config.transformers_version = "/elsewhere", ["Other"], "1.0"
+    model.config.use_cache = False
+    assert fingerprint(model, tokenizer) == plain
+
+
+@pytest.mark.parametrize("kind", ["saved", "derived"])
+def test_the_fingerprint_covers_buffers(kind):
+    tokenizer, model = byte_tokenizer(), tiny_model()
+    model.register_buffer("extra", torch.zeros(3), persistent=kind == "saved")
+    plain = fingerprint(model, tokenizer)
+    model.extra.add_(1)
+    assert fingerprint(model, tokenizer) != plain
+
+
+def test_the_fingerprint_samples_every_column_of_a_square_matrix():
+    tokenizer, model = byte_tokenizer(), tiny_model(hidden_size=256)
+    plain = fingerprint(model, tokenizer)
+    weight = find_blocks(model)[0].self_attn.q_proj.weight
+    for column in (0, 1, 100, 255):
+        before = weight.detach().clone()
+        weight.data[:, column] += 1
+        assert fingerprint(model, tokenizer) != plain
+        weight.data.copy_(before)
+    assert fingerprint(model, tokenizer) == plain
+
+
+def our_hooks(model):
+    """Those that transformers itself leaves on the blocks are not ours."""
+    return [h for block in find_blocks(model) for h in block._forward_hooks.values() if h.__module__.startswith("vispa_graph")]
+
+
+def test_a_model_whose_weights_are_not_in_memory_is_refused_without_hooks_left_behind():
+    model = tiny_model()
+    block = find_blocks(model)[3]
+    block.mlp.up_proj.weight = torch.nn.Parameter(block.mlp.up_proj.weight.to("meta"))
+    with pytest.raises(SettingsError, match="not in memory"):
+        HuggingFaceEngine(model, byte_tokenizer(), name="tiny")
+    assert not our_hooks(model)
+
+
+def test_a_fingerprint_that_fails_leaves_no_hooks_behind(monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr("vispa_graph.engine.huggingface.fingerprint", lambda *_: 1 / 0)
+    with pytest.raises(UnsteerableModelError, match="ZeroDivisionError"):
+        HuggingFaceEngine(model, byte_tokenizer(), name="tiny")
+    assert not our_hooks(model)
+    monkeypatch.undo()
+    engine = HuggingFaceEngine(model, byte_tokenizer(), name="tiny")
+    assert len(our_hooks(model)) == DEPTH
+    engine.close()
 
 
 def test_a_saved_model_answers_as_the_one_in_memory(saved, opened):

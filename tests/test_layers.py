@@ -11,10 +11,10 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from vispa_graph.engine.checks import check_steerable
+from vispa_graph.engine.checks import check_batching, check_steerable, sharing_problem
 from vispa_graph.engine.huggingface import HuggingFaceEngine
 from vispa_graph.engine.layers import block_output, check_layers, decoder_blocks, default_layers
-from vispa_graph.errors import LayerError, NotCausalError, UnsteerableModelError
+from vispa_graph.errors import LayerError, NonFiniteError, NotCausalError, UnsteerableModelError
 
 
 def test_the_default_layers_of_a_model_of_32_are_the_papers():
@@ -122,6 +122,8 @@ def test_any_other_block_output_is_refused(output):
         ("repeats", UnsteerableModelError, "do not each run once"),
         ("rounds between blocks", UnsteerableModelError, r"added at block \d does not arrive"),
         ("looks ahead", NotCausalError, "the tokens after it"),
+        ("forgets its last", UnsteerableModelError, "last block does not change the logits"),
+        ("is not finite", NonFiniteError, "logits of _Odd are not finite"),
     ],
 )
 def test_a_model_whose_blocks_do_not_carry_the_residual_stream_is_refused_with_the_reason(kind, error, reason):
@@ -129,6 +131,15 @@ def test_a_model_whose_blocks_do_not_carry_the_residual_stream_is_refused_with_t
     with pytest.raises(error, match=reason):
         HuggingFaceEngine(model, byte_tokenizer(), name="odd")
     assert not any(block._forward_hooks for block in model.layers)
+
+
+def test_logits_that_are_not_a_number_pass_no_comparison():
+    def steps(prompts, shared):
+        return torch.full((len(prompts), 2, 9), torch.nan)
+
+    with pytest.raises(UnsteerableModelError, match="cannot share a batch"):
+        check_batching("Odd", steps, 9)
+    assert sharing_problem(steps, 9) is not None
 
 
 def test_the_same_model_without_the_oddity_passes():
@@ -170,7 +181,8 @@ class _Odd(PreTrainedModel, GenerationMixin):
             states.append(hidden)
             if self.kind == "rounds between blocks":
                 hidden = hidden.round(decimals=1)
-        return CausalLMOutput(logits=hidden, hidden_states=tuple(states))
+        logits = {"forgets its last": states[-2], "is not finite": hidden * torch.nan}.get(self.kind, hidden)
+        return CausalLMOutput(logits=logits, hidden_states=tuple(states))
 
 
 class _Block(nn.Module):

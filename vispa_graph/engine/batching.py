@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -23,14 +23,16 @@ class Job(Generic[P]):
 
     Attributes:
         kind: Only jobs of one kind run together.
-        size: What it adds to a batch's width, in tokens.
+        prompt: Tokens that it begins with.
+        new: Most tokens that it adds to them. A batch is as wide as its longest prompt and its longest answer together.
         timeout: Seconds from now until it fails with a `DeadlineError`; None for never.
         halved: How often the batch it ran in was halved for want of memory.
     """
 
-    kind: str
-    size: int
+    kind: Hashable
+    prompt: int
     payload: P
+    new: int = 0
     timeout: float | None = None
     halved: int = 0
     future: Future[Any] = field(default_factory=Future)
@@ -38,6 +40,11 @@ class Job(Generic[P]):
     def __post_init__(self) -> None:
         self._deadline = None if self.timeout is None else time.monotonic() + self.timeout
         self._lock, self._claimed = threading.Lock(), False
+
+    @property
+    def size(self) -> int:
+        """Its width by itself, in tokens."""
+        return self.prompt + self.new
 
     def finish(self, result: Any) -> None:
         """Resolve with a result, unless it was cancelled or has failed."""
@@ -70,7 +77,8 @@ class Batcher(Generic[P]):
     Args:
         run: Called in the worker thread with jobs of one kind; it must resolve every job. What it raises fails the jobs that are
             still open, and the worker goes on.
-        linger: Seconds to wait for more jobs once there is one; without it, clients that ask at the same time never merge.
+        linger: Seconds to wait for more jobs once there is one, unless those that wait fill a batch already; without it, clients that ask
+            at the same time never merge.
         capacity: Largest rows x width of a batch, in tokens; a single job may exceed it.
         queue_size: Most jobs that wait; more are refused.
         finish: Called in the worker thread when it ends.
@@ -87,6 +95,7 @@ class Batcher(Generic[P]):
     ) -> None:
         self._run, self._linger, self._capacity, self._queue_size, self._finish = run, linger, capacity, queue_size, finish
         self._waiting: deque[Job[P]] = deque()
+        self._taken: list[Job[P]] = []
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="vispa-engine", daemon=True)
@@ -110,9 +119,9 @@ class Batcher(Generic[P]):
         return job.future
 
     def sweep(self) -> None:
-        """Take jobs that nobody waits for out of the queue; called between the steps of a batch, so that they fail in time."""
+        """Let go of jobs that nobody waits for, in the queue or taken from it; called between the steps of a batch, so that they fail in time."""
         with self._changed:
-            jobs = list(self._waiting)
+            jobs = [*self._taken, *self._waiting]
         # Callbacks of their futures run here, and may submit: the lock must be free.
         dropped = {id(job) for job in jobs if job.dropped()}
         if dropped:
@@ -136,12 +145,16 @@ class Batcher(Generic[P]):
                 live = [job for job in batch if not job.dropped()]
                 if not live:
                     continue
+                with self._changed:
+                    self._taken = live
                 try:
                     self._run(live)
                 except BaseException as error:
                     # A crash must fail its own requests and no others: whatever it was, the callers get to see it.
                     for job in live:
                         job.fail(as_ours(error))
+                with self._changed:
+                    self._taken = []
         finally:
             self._finish()
 
@@ -151,23 +164,32 @@ class Batcher(Generic[P]):
             while not self._waiting and not self._closed:
                 self._changed.wait()
             until = time.monotonic() + self._linger
-            while not self._closed and (left := until - time.monotonic()) > 0:
+            while not self._closed and (left := until - time.monotonic()) > 0 and not self._full():
                 self._changed.wait(left)
             if self._closed:
                 return None
-            first = self._waiting[0]
-            batch: list[Job[P]] = []
-            kept: deque[Job[P]] = deque()
-            width = 0
-            for job in self._waiting:
-                wider = max(width, job.size)
-                if job.kind == first.kind and (not batch or wider * (len(batch) + 1) <= self._capacity):
-                    batch.append(job)
-                    width = wider
-                else:
-                    kept.append(job)
-            self._waiting = kept
+            batch, self._waiting = self._split()
             return batch
+
+    def _full(self) -> bool:
+        """Whether more like the oldest job wait than fit into its batch."""
+        batch, kept = self._split()
+        return any(job.kind == batch[0].kind for job in kept)
+
+    def _split(self) -> tuple[list[Job[P]], deque[Job[P]]]:
+        """The oldest job with those of its kind that fit into a batch with it, and the others."""
+        kind = self._waiting[0].kind
+        batch: list[Job[P]] = []
+        kept: deque[Job[P]] = deque()
+        prompt = new = 0
+        for job in self._waiting:
+            longer, more = max(prompt, job.prompt), max(new, job.new)
+            if job.kind == kind and (not batch or (longer + more) * (len(batch) + 1) <= self._capacity):
+                batch.append(job)
+                prompt, new = longer, more
+            else:
+                kept.append(job)
+        return batch, kept
 
 
 def as_ours(error: BaseException) -> VispaError:

@@ -19,13 +19,13 @@ def check_steerable(model: Any, blocks: nn.ModuleList) -> None:
     """Check that what the blocks return is the residual stream.
 
     At every block but the last (behind which the final norm comes), the output must be the model's next hidden state, and a vector
-    added to it must arrive in the next block unchanged. No token may see the tokens after it. Without the vectors, the logits must be
+    added to it must arrive in the next block unchanged. A vector added at the last block must change the logits. No token may see the tokens after it. Without the vectors, the logits must be
     what they were.
 
     Raises:
         UnsteerableModelError: It is not so.
         NotCausalError: A token sees the tokens after it, as in an encoder.
-        NonFiniteError: The states are not finite.
+        NonFiniteError: The states or the logits are not finite.
     """
     name = type(model).__name__
     complaint = f"{name} cannot be steered: "
@@ -41,19 +41,24 @@ def check_steerable(model: Any, blocks: nn.ModuleList) -> None:
         raise UnsteerableModelError(complaint + f"its blocks return states of the shape {tuple(seen[0].shape)}, not rows x positions x width.")
     if not all(torch.isfinite(state).all() for state in seen):
         raise NonFiniteError(f"The activations of {name} are not finite. Try dtype float32 or bfloat16, or another copy of the weights.")
+    if torch.isnan(before.logits).any():
+        raise NonFiniteError(f"The logits of {name} are not finite. Try dtype float32 or bfloat16, or another copy of the weights.")
     if not all(torch.allclose(one[:, :-1], other[:, :-1], atol=1e-4, rtol=1e-3) for one, other in zip(seen, other_end, strict=True)):
         raise NotCausalError(f"{name} lets a token see the tokens after it, so it does not generate text. Choose a causal language model.")
     for layer in range(len(blocks) - 1):
         if not torch.allclose(seen[layer], states[layer + 1], atol=1e-4, rtol=1e-3):
             raise UnsteerableModelError(complaint + f"what block {layer} returns is not the model's hidden state {layer + 1}.")
-    sent, arrived = _with_vectors(model, blocks, ids)
+    sent, arrived, _ = _with_vectors(model, list(blocks), ids)
     for layer in range(len(blocks) - 1):
         received = arrived[layer + 1]
         if received is None or not torch.equal(received, sent[layer]):
             raise UnsteerableModelError(complaint + f"a vector added at block {layer} does not arrive in block {layer + 1}.")
+    _, _, moved = _with_vectors(model, [blocks[-1]], ids)
+    if torch.equal(moved, before.logits):
+        raise UnsteerableModelError(complaint + "a vector added at its last block does not change the logits.")
     with torch.inference_mode():
         after = model(input_ids=ids, use_cache=False).logits
-    if difference(after, before.logits) > tolerance(after.dtype):
+    if not difference(after, before.logits) <= tolerance(after.dtype):
         raise UnsteerableModelError(complaint + "its logits are not the same again once vectors that were added at its blocks are gone.")
 
 
@@ -67,7 +72,7 @@ def check_batching(name: str, steps: Steps, vocabulary: int) -> None:
     together = steps([long, short], False)
     for row, prompt in enumerate([long, short]):
         alone = steps([prompt], False)[0]
-        if difference(together[row], alone) > tolerance(alone.dtype):
+        if not difference(together[row], alone) <= tolerance(alone.dtype):
             raise UnsteerableModelError(
                 f"{name} cannot be steered: a prompt padded to the width of its batch gives other logits than by itself, so requests cannot share a batch."
             )
@@ -81,13 +86,13 @@ def sharing_problem(steps: Steps, vocabulary: int) -> str | None:
         shared, own = steps(prompts, True), steps(prompts, False)
     except Exception as error:  # a cache of the architecture's own: many kinds, each with its own way to fail
         return f"its cache cannot be shared by rows ({type(error).__name__})"
-    if difference(shared, own) > tolerance(own.dtype):
+    if not difference(shared, own) <= tolerance(own.dtype):
         return "the logits over a shared cache differ from those without"
     return None
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """How far logits differ, whatever constant was added to them, as a share of their size."""
+    """How far logits differ, whatever constant was added to them, as a share of their size; NaN where they are not finite."""
     one, other = (logits.float() - logits.float().mean(-1, keepdim=True) for logits in (one, other))
     return float((one - other).norm() / other.norm().clamp(min=1e-9))
 
@@ -112,8 +117,8 @@ def _observed(blocks: nn.ModuleList, run: Callable[[], Any]) -> tuple[Any, list[
             handle.remove()
 
 
-def _with_vectors(model: Any, blocks: nn.ModuleList, ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """Each block's output with a vector of its own added to it, and what each block was given."""
+def _with_vectors(model: Any, blocks: Sequence[nn.Module], ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor | None], torch.Tensor]:
+    """Each block's output with a vector of its own added to it, what each block was given, and the logits."""
     sent: list[torch.Tensor] = []
     arrived: list[torch.Tensor | None] = []
 
@@ -131,8 +136,8 @@ def _with_vectors(model: Any, blocks: nn.ModuleList, ids: torch.Tensor) -> tuple
     handles += [block.register_forward_pre_hook(receive, with_kwargs=True) for block in blocks]
     try:
         with torch.inference_mode():
-            model(input_ids=ids, use_cache=False)
+            logits = model(input_ids=ids, use_cache=False).logits
     finally:
         for handle in handles:
             handle.remove()
-    return sent, arrived
+    return sent, arrived, logits

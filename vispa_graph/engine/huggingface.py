@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from vispa_graph.engine.contract import Direction, Floats, Generation, Generatio
 from vispa_graph.engine.hooks import BatchPlan, Hooks
 from vispa_graph.engine.layers import check_layers, decoder_blocks, default_layers
 from vispa_graph.errors import (
+    BatchError,
     ContextLengthError,
     EngineMemoryError,
     InputError,
@@ -42,24 +43,35 @@ from vispa_graph.quiet import quiet
 
 # Contrastive sentences longer than this are cut (the paper's setting).
 _READ_TOKENS = 256
-# Kind of requests whose rows share one reading of each prompt.
-_SHARED = "over a shared prompt"
 # Case, accents, digits, blanks, line breaks and punctuation: what tokenizers treat differently.
 _PROBE = "My father, 84, said: “No\u00a0— Café Zürich, ÅNGSTRÖM!”\n\n  I'd\tpay 1,234.50 € (don’t)…  ﬁne 東京 🙂 "
 # Longest entry of a vocabulary that may be a letter, with what marks a blank before it: "\u2581", "\u0120", "\u010a".
 _SPELLING = 4
 
+# Entries of a configuration that change no state; nor do those that its library writes about itself.
+_INDECISIVE = frozenset(
+    {"architectures", "auto_map", "id2label", "label2id", "initializer_range", "output_attentions", "output_hidden_states"}
+    | {"output_router_logits", "return_dict", "use_cache"}
+)
+
 _log = logging.getLogger(__name__)
+
+
+class _Kind(NamedTuple):
+    """What is to be done with requests, and whether their rows share one reading of each prompt."""
+
+    task: Literal["generate", "score", "read"]
+    shared: bool = False
 
 
 @dataclass(eq=False)
 class _Work:
-    """A request with its prompt in tokens, and how many characters of its answer have been passed on."""
+    """A request with its prompt in tokens, and what of its answer has been passed on."""
 
     request: GenerationRequest | ScoreRequest | None
     tokens: list[int]
     cut: int = 0
-    streamed: int = 0
+    streamed: str = ""
 
 
 class HuggingFaceEngine:
@@ -81,6 +93,7 @@ class HuggingFaceEngine:
             answered the same alone and in a batch.
         NotCausalError: What the model makes of a token depends on the tokens after it.
         NonFiniteError: The model's activations are not finite.
+        SettingsError: Some of the model's weights are not in memory.
     """
 
     def __init__(
@@ -96,6 +109,11 @@ class HuggingFaceEngine:
     ) -> None:
         if not model.can_generate():
             raise NotCausalError(f"{type(model).__name__} does not generate text: it has no language-model head. Choose a causal language model.")
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise SettingsError(
+                f"Some weights of {type(model).__name__} are not in memory (device_map has put them off to the processor or a disk), so it cannot be "
+                "steered. Give it more or larger devices, a smaller dtype, or the device cpu."
+            )
         self._model = model
         model.train(False)
         self._tokenizer = tokenizer
@@ -110,18 +128,19 @@ class HuggingFaceEngine:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._capacity, self._timeout = capacity, timeout
         self._lock = threading.Lock()
+        self._stops = _end_tokens(model, tokenizer)
         self._hooks = Hooks(self._blocks)
         try:
             check_steerable(model, self._blocks)
             vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
             check_batching(type(model).__name__, self._two_steps, vocabulary)
             self._sharing_problem = sharing_problem(self._two_steps, vocabulary)
+            self._fingerprint = fingerprint(model, tokenizer)
         except BaseException as error:
             self._hooks.remove()
             if not isinstance(error, Exception) or isinstance(error, VispaError):
                 raise
             raise UnsteerableModelError(f"{type(model).__name__} cannot be steered: it fails on a few tokens ({_first_line(error)}).") from error
-        self._fingerprint = fingerprint(model, tokenizer)
         self._letters: dict[str, list[int]] = {}
         self._batcher: Batcher[_Work] = Batcher(self._run, linger=linger, capacity=capacity, queue_size=queue_size, finish=self._hooks.remove)
 
@@ -230,18 +249,15 @@ class HuggingFaceEngine:
 
     def generate(self, request: GenerationRequest) -> Future[Generation]:
         """Queue a generation."""
-        return self._submit("generate", request, request.max_new_tokens)
+        return self._submit(_Kind("generate", _shared(request)), request, request.max_new_tokens)
 
     def score(self, request: ScoreRequest) -> Future[Scores]:
         """Queue a scoring of option letters."""
-        return self._submit("score", request, 1)
+        return self._submit(_Kind("score", _shared(request)), request, 1)
 
-    def _submit(self, kind: str, request: GenerationRequest | ScoreRequest, new_tokens: int) -> Future[Any]:
+    def _submit(self, kind: _Kind, request: GenerationRequest | ScoreRequest, new_tokens: int) -> Future[Any]:
         """Queue a request; what is wrong with it fails its future."""
-        steering = request.steering
-        if steering and steering.positions == "generated":
-            kind = f"{kind} {_SHARED}"
-        job = Job(kind, 0, _Work(request, []), self._timeout if request.timeout is None else request.timeout)
+        job = Job(kind, 0, _Work(request, []), new_tokens, self._timeout if request.timeout is None else request.timeout)
         try:
             self._check(request)
             job.payload = self._prepare(request, request.messages, new_tokens)
@@ -254,7 +270,7 @@ class HuggingFaceEngine:
             ours.__cause__ = error
             job.fail(ours)
             return job.future
-        job.size = len(job.payload.tokens) + new_tokens
+        job.prompt = len(job.payload.tokens)
         return self._batcher.submit(job)
 
     def read(self, conversations: Sequence[str | Sequence[Message]], progress: Callable[[int], None] | None = None) -> Floats:
@@ -272,7 +288,7 @@ class HuggingFaceEngine:
         rows = max(1, min(64, self._capacity // 8 // max(1, max(map(len, tokens), default=1))))
         for start in range(0, len(order), rows):
             chunk = order[start : start + rows]
-            jobs = [Job[_Work]("read", len(tokens[index]), _Work(None, tokens[index])) for index in chunk]
+            jobs = [Job[_Work](_Kind("read"), len(tokens[index]), _Work(None, tokens[index])) for index in chunk]
             futures = [self._batcher.submit(job, bounded=False) for job in jobs]
             for index, future in zip(chunk, futures, strict=True):
                 states[index] = future.result()
@@ -293,8 +309,13 @@ class HuggingFaceEngine:
                 raise InputError(f"max_new_tokens is {request.max_new_tokens}: ask for at least 1.")
             if not 0 <= request.temperature < math.inf:
                 raise InputError(f"The temperature {request.temperature} is not a number from 0.")
+            if not 0 <= request.seed < 2**63:
+                raise InputError(f"The seed {request.seed} is not a number from 0 to 2**63 - 1.")
         elif not 1 <= len(request.letters) <= 26:
             raise InputError(f"{len(request.letters)} option letters cannot be scored. Give 1 to 26.")
+        else:
+            for letter in request.letters:
+                self._spellings(letter)
         for part in request.steering.parts if request.steering else ():
             if not math.isfinite(part.strength) or not 0 < part.target_probability < 1:
                 raise InputError("A strength must be a finite number, and a target probability lie between 0 and 1.")
@@ -329,7 +350,8 @@ class HuggingFaceEngine:
 
     def _context(self) -> int:
         config = self._model.config.get_text_config(decoder=True)
-        limits = [getattr(config, "max_position_embeddings", None), self._tokenizer.model_max_length]
+        # MPT has a name of its own for it.
+        limits = [getattr(config, "max_position_embeddings", None), getattr(config, "max_seq_len", None), self._tokenizer.model_max_length]
         return min([int(limit) for limit in limits if limit] or [1 << 30])
 
     def _raw_tokens(self, text: str) -> list[int]:
@@ -369,12 +391,17 @@ class HuggingFaceEngine:
 
     def _run_group(self, jobs: Sequence[Job[_Work]]) -> None:
         """Run jobs in one batch; where it fails, in smaller ones, so that no request's failure becomes its neighbours'."""
-        run = {"generate": self._run_generate, "score": self._run_score, "read": self._run_read}[jobs[0].kind.split()[0]]
+        jobs = [job for job in jobs if not job.dropped()]  # earlier batches of its own took their time
+        if not jobs:
+            return
+        run = {"generate": self._run_generate, "score": self._run_score, "read": self._run_read}[cast(_Kind, jobs[0].kind).task]
         try:
             run(jobs)
             return
         except Exception as error:
             left = [job for job in jobs if not job.dropped()]
+            if not left:
+                return
             memory = _out_of_memory(error)
             if len(jobs) == 1:
                 for job in left:
@@ -398,7 +425,7 @@ class HuggingFaceEngine:
         for job in jobs:
             for group in groups:
                 together = [*group, job]
-                if max(len(j.payload.tokens) for j in together) + max(j.size - len(j.payload.tokens) for j in together) <= self._context():
+                if max(j.prompt for j in together) + max(j.new for j in together) <= self._context():
                     group.append(job)
                     break
             else:
@@ -408,7 +435,7 @@ class HuggingFaceEngine:
     def _run_generate(self, jobs: Sequence[Job[_Work]]) -> None:
         requests = [cast(GenerationRequest, job.payload.request) for job in jobs]
         plan = BatchPlan([request.steering for request in requests], self._model.device)
-        rows = [_Row(self._tokenizer, job, request, self._stops()) for job, request in zip(jobs, requests, strict=True)]
+        rows = [_Row(self._tokenizer, job, request, self._stops) for job, request in zip(jobs, requests, strict=True)]
         width = max(len(job.payload.tokens) for job in jobs)
 
         def finished(row: _Row) -> None:
@@ -478,7 +505,7 @@ class HuggingFaceEngine:
     def _forward(self, jobs: Sequence[Job[_Work]], plan: BatchPlan, **options: Any) -> Any:
         """Generate with a plan; for jobs that share prompts, over caches of all but their last token, read once and unsteered."""
         prompts = [job.payload.tokens for job in jobs]
-        cache = self._prompt_cache(prompts) if jobs[0].kind.endswith(_SHARED) else None
+        cache = self._prompt_cache(prompts) if cast(_Kind, jobs[0].kind).shared else None
         with self._hooks.steering(plan):
             return self._decode(*self._padded(prompts), past_key_values=cache, **options)
 
@@ -517,7 +544,7 @@ class HuggingFaceEngine:
             do_sample=False,
             num_beams=1,
             max_new_tokens=max_new_tokens,
-            eos_token_id=self._stops() if stops else None,
+            eos_token_id=self._stops if stops else None,
             pad_token_id=self._tokenizer.pad_token_id,
             return_dict_in_generate=options.pop("return_dict_in_generate", False),
             output_logits=options.pop("output_logits", False),
@@ -529,14 +556,6 @@ class HuggingFaceEngine:
             return cast(Any, self._model).generate(input_ids=ids, attention_mask=mask, generation_config=settings, **given)
         finally:
             self._model.generation_config = own
-
-    def _stops(self) -> list[int] | None:
-        """Ids of the tokens that end a text: the tokenizer's, and those the model came with."""
-        if not hasattr(self, "_stop_ids"):
-            own = self._model.generation_config.eos_token_id if self._model.generation_config else None
-            ids = {self._tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-            self._stop_ids = sorted(ids) or None
-        return self._stop_ids
 
     def _spellings(self, letter: str) -> list[int]:
         """Ids of all tokens of the vocabulary that read as the letter, with or without blanks around it."""
@@ -560,6 +579,7 @@ class _Row:
         self.text = ""
         self.stopped = self.done = False
         self._tokenizer, self._stops = tokenizer, frozenset(stops or ())
+        self._before = job.payload.streamed  # in a batch that failed
 
     def add(self, token: int) -> None:
         """Take the next token; sets `done` with the last one."""
@@ -575,9 +595,27 @@ class _Row:
         # A character may span several tokens: wait for the rest of it, unless there is no more.
         if self.done or not text.endswith("\N{REPLACEMENT CHARACTER}"):
             self.text = text
-            if self.request.on_token and len(text) > self.job.payload.streamed:
-                self.request.on_token(text[self.job.payload.streamed :])
-                self.job.payload.streamed = len(text)
+            if self.request.on_token:
+                self._pass_on(text, self.request.on_token)
+
+    def _pass_on(self, text: str, listener: Callable[[str], None]) -> None:
+        """Give the listener what it has not heard. The request fails if it cannot be taken back, or the listener raises."""
+        if not text.startswith(self._before) and (self.done or not self._before.startswith(text)):
+            self._fail("The request was run again after its batch had failed, and its text became another than the one streamed. Ask again.")
+            return
+        heard = self.job.payload.streamed
+        if len(text) > len(heard):
+            self.job.payload.streamed = text
+            try:
+                listener(text[len(heard) :])
+            except Exception as error:
+                self._fail(f"The listener on_token raised {type(error).__name__}. Mend it; the cause is chained to this error.", error)
+
+    def _fail(self, reason: str, cause: Exception | None = None) -> None:
+        self.done = True
+        failure = BatchError(reason)
+        failure.__cause__ = cause
+        self.job.fail(failure)
 
 
 class _Rows(StoppingCriteria):
@@ -635,19 +673,65 @@ class _Always(LogitsProcessor):
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256, 64 hex digits, over all that decides a state read from a text.
 
-    That is names, shapes and a strided sample of up to 1024 numbers of every parameter, the dtype, the tokenizer's vocabulary, how it cuts
-    a text, and its chat template.
+    That is the configuration as far as it differs from its class's defaults; names, shapes and a strided sample of about 1024 numbers of
+    every parameter and saved buffer; what other buffers hold (the frequencies of rotary positions); the dtype; the tokenizer's
+    vocabulary, how it cuts a text, and its chat template. The same for a model in memory and reloaded, and for any version of its library
+    that keeps these.
     """
     digest = hashlib.sha256()
+    saved = model.state_dict(keep_vars=True).keys()
+    derived = set()
+    for name, buffer in model.named_buffers():
+        if name in saved:
+            digest.update(f"{name}{tuple(buffer.shape)}".encode() + _sample(buffer.float()))
+        elif buffer.is_floating_point():
+            # Computed when the model is made: the last bits differ between devices, names and copies between versions of the library.
+            derived.add(_sample(buffer.bfloat16().float()))
     for name, parameter in model.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
-        digest.update(flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy().tobytes())
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + _sample(parameter.detach()))
+    for values in sorted(derived):
+        digest.update(values)
     # How it cuts a text and not how it is written down, which differs between versions of its library.
     cut = tokenizer(_PROBE)["input_ids"]
-    identity = [str(model.dtype), tokenizer.get_vocab(), cut, tokenizer.chat_template]
+    config = model.config
+    defaults = {} if getattr(config, "has_no_defaults_at_construction", False) else type(config)().to_dict()
+    identity = [config.model_type, _decisive(config.to_dict(), defaults), str(model.dtype), tokenizer.get_vocab(), cut, tokenizer.chat_template]
     digest.update(json.dumps(identity, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _sample(values: torch.Tensor) -> bytes:
+    """About 1024 of the numbers, at a stride that walks through all columns."""
+    flat = values.reshape(-1)
+    stride = max(1, flat.numel() // 1024)
+    while values.ndim and math.gcd(stride, values.shape[-1]) > 1:
+        stride += 1
+    return flat[::stride].float().cpu().numpy().tobytes()
+
+
+def _decisive(configuration: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without its defaults, to which versions of its library add, and without what decides no state."""
+    kept = {
+        name: value
+        for name, value in configuration.items()
+        if value != defaults.get(name)
+        and name not in _INDECISIVE
+        and not name.startswith("_")
+        and not name.endswith(("_token_id", "dtype", "version"))
+    }
+    return {name: _decisive(value, defaults.get(name) or {}) if isinstance(value, dict) else value for name, value in kept.items()}
+
+
+def _shared(request: GenerationRequest | ScoreRequest) -> bool:
+    """Whether the request steers generated positions only, over an unsteered reading of its prompt."""
+    return request.steering is not None and request.steering.positions == "generated"
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """Ids of the tokens that end a text: the tokenizer's, and those the model came with."""
+    own = model.generation_config.eos_token_id if model.generation_config else None
+    ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return sorted(ids) or None
 
 
 def _load_error(model: str, error: Exception) -> Exception:
@@ -666,8 +750,10 @@ def _load_error(model: str, error: Exception) -> Exception:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out; on the processor torch has no error class for that."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    """Whether memory ran out; on the processor and on mps torch has no error class for that."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "out of memory"))
 
 
 def _memory_error(job: Job[_Work]) -> EngineMemoryError:

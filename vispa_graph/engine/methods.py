@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from vispa_graph.engine.contract import Method, Solver
 from vispa_graph.engine.dictionary import SparseDictionary
+from vispa_graph.errors import SettingsError
 
 Array = npt.NDArray[np.float64]
 
@@ -48,7 +49,7 @@ def fitter(method: Method, *, solver: Solver = "exact", regularisation: float = 
 
     def sae(layer: int, positives: Array, negatives: Array) -> tuple[Array, float]:
         if dictionary is None:
-            raise ValueError("The method sae needs a dictionary.")
+            raise SettingsError("The method sae needs a dictionary. Give one, or choose another method.")
         difference = dictionary.encode(layer, positives).mean(0) - dictionary.encode(layer, negatives).mean(0)
         return _between(dictionary.decode(layer, difference), positives, negatives)
 

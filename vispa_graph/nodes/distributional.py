@@ -15,10 +15,7 @@ from vispa_graph.state import Comment, State, weights
 
 
 def distributional(state: State, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
-    """The mean over comments of the option probabilities given each comment, by the weights of their values; or read without comments.
-
-    Without comments it is read from the steered model.
-
+    """The mean over comments of the option probabilities given each comment, by the weights of their values; or read from the steered model.
 
     Raises:
         AggregationError: No comment holds text, or no answer of the main language model could be read.

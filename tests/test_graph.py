@@ -479,9 +479,10 @@ def reviewed(make_resources):
 
 
 def test_a_review_shows_the_values_before_any_comment_is_made(reviewed):
-    _, engine, shown = reviewed
+    graph, engine, shown = reviewed
     assert engine.requests == []
-    assert shown["query"] == QUERY
+    assert set(shown) == {"values"}
+    assert graph.get_state(thread()).values["turns"] == [QUERY]
     assert len(shown["values"]) == 6
     assert json.loads(json.dumps(shown)) == shown
 
@@ -672,6 +673,12 @@ def test_what_weighs_most_is_told_first(make_resources):
     weighted(make_resources, {}, ["karma", {"id": "honor", "weight": 2}], engine=engine)
     prompt = engine.requests[-1].messages[0]["content"]
     assert prompt.index("Seen from honor") < prompt.index("Seen from karma")
+
+
+def test_weights_that_a_mode_does_not_use_are_noted(make_resources):
+    edited = [{"id": "karma", "weight": 3}, "honor"]
+    assert any("does not use weights" in note for note in weighted(make_resources, {"attribute": "karma"}, edited)["notes"])
+    assert not any("weights" in note for note in weighted(make_resources, {"attribute": "karma"}, ["karma"])["notes"])
 
 
 def test_without_a_review_every_value_weighs_the_same(fake_graph):

@@ -274,3 +274,28 @@ def test_only_the_last_runs_are_kept(monkeypatch, fake_resources):
             return [(await client.call_tool("explain_run", {"run": run})).is_error for run in runs]
 
     assert anyio.run(run) == [True, False, False]
+
+
+def test_after_a_follow_up_that_failed_the_turn_before_it_is_explained(make_resources):
+    async def run():
+        async with Client(create_server(make_resources(engine=Breaking()))) as client:
+            run = (await client.call_tool("ask", {"query": QUERY, "values": ["karma"]})).structured_content["run"]
+            failed = await client.call_tool("ask", {"query": f"May {PRIVATE} go home?", "values": ["honor"], "mode": "overton", "run": run})
+            return failed, await client.call_tool("explain_run", {"run": run})
+
+    failed, explained = anyio.run(run)
+    assert failed.is_error
+    assert explained.structured_content["turns"] == [QUERY]
+    assert [value["id"] for value in explained.structured_content["values"]] == ["karma"]
+
+
+def test_arguments_that_do_not_fit_are_not_repeated(fake_resources):
+    async def run():
+        async with Client(create_server(fake_resources)) as client:
+            bad = ({"query": [PRIVATE]}, {"query": QUERY, "mode": PRIVATE}, {"query": QUERY, "values": {PRIVATE: 1}})
+            return [await client.call_tool("ask", arguments) for arguments in bad]
+
+    for result in anyio.run(run):
+        assert result.is_error
+        assert "do not fit" in text(result)
+        assert PRIVATE not in text(result)

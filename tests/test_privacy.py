@@ -27,7 +27,7 @@ from typing_extensions import TypedDict
 
 from vispa_graph import SteeredChatModel, as_tool
 from vispa_graph.engine.fake import FakeEngine
-from vispa_graph.errors import InputError, NonFiniteError
+from vispa_graph.errors import BatchError, InputError, NonFiniteError
 from vispa_graph.graph import create_graph
 from vispa_graph.privacy import REASONS, REDACTED, Redactor, without_text
 
@@ -245,20 +245,25 @@ class Case(TypedDict, total=False):
 
 
 def in_a_host_node(graph, config, *, is_async=False):
+    """Run the graph in a node of a host."""
+    host = host_of(graph, is_async=is_async)
+    return asyncio.run(host.ainvoke({"case": 7}, config)) if is_async else host.invoke({"case": 7}, config)
+
+
+def host_of(graph, *, is_async=False, given=INPUTS["overton"], checkpointer=None):
     """A host that knows its case by number, and looks the words up itself."""
 
     def call(state):
-        return {"done": bool(graph.invoke(INPUTS["overton"]))}
+        return {"done": bool(graph.invoke(given))}
 
     async def acall(state):
-        return {"done": bool(await graph.ainvoke(INPUTS["overton"]))}
+        return {"done": bool(await graph.ainvoke(given))}
 
     builder = StateGraph(Case)
     builder.add_node("ours", acall if is_async else call)
     builder.add_edge(START, "ours")
     builder.add_edge("ours", END)
-    host = builder.compile()
-    return asyncio.run(host.ainvoke({"case": 7}, config)) if is_async else host.invoke({"case": 7}, config)
+    return builder.compile(checkpointer=checkpointer)
 
 
 def in_a_thread(graph, config):
@@ -379,6 +384,53 @@ def test_a_review_leaks_neither_what_it_shows_nor_what_comes_back(make_graph, co
         assert "problem" in graph.invoke(Command(resume=[MARK]), config)["__interrupt__"][0].value
         graph.invoke(Command(resume=["karma"]), config)
         assert check_private(read, logged)
+
+
+@pytest.mark.parametrize("mode", list(INPUTS))
+def test_a_review_inside_a_host_leaks_nothing_into_the_host_s_own_runs(make_graph, collector, logged, mode):
+    with own_tracer(collector) as (config, read):
+        host = host_of(make_graph(review=True, fit_attributes=True), given=INPUTS[mode], checkpointer=InMemorySaver())
+        config = {**config, "configurable": {"thread_id": "1"}}
+        assert "__interrupt__" in host.invoke({"case": 7}, config)
+        assert "problem" in host.invoke(Command(resume=["no such value"]), config)["__interrupt__"][0].value
+        assert host.invoke(Command(resume=["karma"]), config)["done"]
+        assert check_private(read, logged)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_what_an_error_of_ours_came_from_leaks_neither(make_graph, collector, logged, is_async):
+    def ours():
+        try:
+            raise RuntimeError(MARK)
+        except RuntimeError as error:
+            try:
+                raise BatchError("The batch failed.") from error
+            except BatchError as between:
+                outer = NonFiniteError("The logits became NaN.")
+                outer.__cause__ = between
+                return outer
+
+    with own_tracer(collector) as (config, read):
+        with pytest.raises(NonFiniteError) as caught:
+            in_a_host_node(make_graph(engine=FakeEngine(fail=ours())), config, is_async=is_async)
+        assert check_private(read, logged)
+    assert isinstance(caught.value.__cause__.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize("way", ["model", "model stream", "async model", "async model stream"])
+def test_an_error_inside_a_model_tells_its_caller_no_text(make_graph, way):
+    with pytest.raises(KeyError) as caught:
+        WAYS[way](make_graph(engine=FakeEngine(fail=KeyError(MARK))), {})
+    assert MARK not in f"{caught.value} {caught.value!r}"
+
+
+def test_metadata_holds_labels_numbers_and_texts_of_the_taxonomy_only():
+    given = {"seed": MARK, "layers": [1, MARK], "value": MARK, "family": MARK, "role": MARK, "ls_anything": MARK, "langgraph_auth_user": MARK}
+    shown = Redactor({"karma"}).metadata({**given, "value": "karma", "temperature": 0.5, "langgraph_step": 1, "thread_id": "t"})
+    assert MARK not in repr(Redactor({"karma"}).metadata(given))
+    assert shown["value"] == "karma"
+    assert shown["layers"] == [1, REDACTED]
+    assert (shown["temperature"], shown["langgraph_step"], shown["thread_id"]) == (0.5, 1, "t")
 
 
 def test_a_main_model_with_tracers_of_its_own_does_not_leak(make_graph, collector, logged):

@@ -13,7 +13,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.types import Command
 
-from vispa_graph.conversation import LONGEST, RECALLED, recall
+from vispa_graph.conversation import LONGEST, RECALLED, as_read, reading_notes, recall
 from vispa_graph.engine.fake import FakeEngine
 from vispa_graph.errors import EngineClosedError, NonFiniteError, ResumeError
 from vispa_graph.graph import create_graph
@@ -118,20 +118,37 @@ def test_other_threads_and_graphs_without_a_checkpointer_remember_nothing(make_r
 
 @given(asked=st.lists(st.text(min_size=1, max_size=3), max_size=12), query=st.text(min_size=1, max_size=3))
 def test_what_is_recalled_is_bounded_keeps_the_opening_question_and_ends_with_this_one(asked, query):
-    turns, notes = recall(asked, query)
-    earlier = [question for question in asked if question != query]
+    turns = recall(asked, query)
     assert turns[-1] == query
-    assert query not in turns[:-1]
+    assert query not in turns[1:-1]
     assert len(turns) <= RECALLED + 1
-    assert turns[:1] == (earlier or [query])[:1]
-    assert turns[:-1][1:] == earlier[1:][-(RECALLED - 1) :]
-    assert bool(notes) == bool(earlier)
+    assert turns[:-1][:1] == asked[:1]
+    assert turns[:-1][1:] == [question for question in asked[1:] if question not in (asked[0], query)][-(RECALLED - 1) :]
+    assert bool(reading_notes(turns)) == bool(set(asked[:1]) - {query} or turns[1:-1])
+
+
+@given(queries=st.lists(st.sampled_from("abcd"), min_size=1, max_size=12))
+def test_the_opening_question_is_never_forgotten(queries):
+    turns = []
+    for query in queries:
+        turns = recall(turns, query)
+    assert as_read(turns)[0] == queries[0]
+    assert as_read(turns)[-1] == queries[-1]
 
 
 def test_long_earlier_questions_are_read_in_part_and_the_reader_is_told():
-    turns, notes = recall(["a" * (LONGEST + 1)], FOLLOW_UP)
-    assert turns == ["a" * LONGEST, FOLLOW_UP]
-    assert len(notes) == 2
+    turns = ["a" * (LONGEST + 1)]
+    for number in range(3):  # in every later turn
+        turns = recall(turns, f"{FOLLOW_UP} {number}")
+        assert as_read(turns)[0] == "a" * LONGEST
+        assert len(reading_notes(turns)) == 2
+
+
+def test_the_reader_is_told_where_earlier_questions_make_the_text_too_long_for_the_selection(make_resources, saver):
+    graph = create_graph(resources=make_resources(), checkpointer=saver)
+    half = "Should my father have the operation? " * 22
+    assert not any("longer than" in note for note in graph.invoke({"query": half}, THREAD)["notes"])
+    assert any("with the earlier questions, is longer than" in note for note in graph.invoke({"query": f"And now? {half}"}, THREAD)["notes"])
 
 
 def test_a_thread_does_not_grow_with_its_turns(make_resources, saver):

@@ -156,7 +156,10 @@ class SteeredChatModel(BaseChatModel):
         guard = self.privacy.guard({"callbacks": callbacks})
         model = self.privacy.model(self)
         with guard:
-            return super(SteeredChatModel, model).generate(messages, stop, guard.config.get("callbacks"), **kwargs)
+            try:
+                return super(SteeredChatModel, model).generate(messages, stop, guard.config.get("callbacks"), **kwargs)
+            except Exception as error:
+                guard.rethrow(error)
 
     async def agenerate(
         self, messages: list[list[BaseMessage]], stop: list[str] | None = None, callbacks: Callbacks = None, **kwargs: Any
@@ -165,7 +168,10 @@ class SteeredChatModel(BaseChatModel):
         guard = self.privacy.guard({"callbacks": callbacks}, is_async=True)
         model = self.privacy.model(self)
         with guard:
-            return await super(SteeredChatModel, model).agenerate(messages, stop, guard.config.get("callbacks"), **kwargs)
+            try:
+                return await super(SteeredChatModel, model).agenerate(messages, stop, guard.config.get("callbacks"), **kwargs)
+            except Exception as error:
+                guard.rethrow(error)
 
     def stream(
         self, input: LanguageModelInput, config: RunnableConfig | None = None, *, stop: list[str] | None = None, **kwargs: Any

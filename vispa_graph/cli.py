@@ -420,7 +420,7 @@ def mcp(
     top_k: int | None,
     model: str | None,
     method: str | None,
-    layers: tuple[int, ...] | None,
+    layers: tuple[float, ...] | None,
     values: tuple[Path, ...],
 ) -> None:
     """Serve the graph to MCP clients: tools to ask, to list values and to explain a run. Needs vispa_graph[mcp].
@@ -431,18 +431,23 @@ def mcp(
         raise Refused("The MCP server needs the package mcp: pip install 'vispa_graph[mcp]'.")
     from vispa_graph.mcp_server import create_server, serve_http, serve_stdio
     from vispa_graph.resources import Resources
+    from vispa_graph.settings import end_tracing_with_the_process
 
+    secret = token or secrets.token_urlsafe(32)
+
+    def ready(url: str) -> None:
+        click.echo(f"vispa: serving on {url}" + ("" if token else f" with the token {secret}"), err=True)
+
+    end_tracing_with_the_process()
     with closing(Resources(_settings(model=model, method=method, layers=layers, values=values, top_k=top_k))) as resources:
         server = create_server(resources)
-        if port is None:
-            serve_stdio(server)
-            return
-        secret = token or secrets.token_urlsafe(32)
-
-        def ready(url: str) -> None:
-            click.echo(f"vispa: serving on {url}" + ("" if token else f" with the token {secret}"), err=True)
-
-        serve_http(server, port, secret, ready)
+        try:
+            if port is None:
+                serve_stdio(server)
+            else:
+                serve_http(server, port, secret, ready)
+        finally:
+            _send_traces()
 
 
 # Running the graph

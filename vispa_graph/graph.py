@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from functools import partial
@@ -87,7 +88,7 @@ def create_graph(
         builder.add_edge("rerank", "review")
         selected_by = "review"
     without_comments = [] if resources.settings.distribution == "comments" else ["distributional"]
-    tasks = Untraced("one task per value", partial(one_task_per_value, resources=resources))
+    tasks = Untraced("one task per value", partial(one_task_per_value, resources=resources), partial(aone_task_per_value, resources=resources))
     builder.add_conditional_edges(selected_by, tasks, ["steer", *without_comments])
     builder.add_conditional_edges("steer", Untraced("by mode", by_mode), list(MODES))
     for mode in MODES:
@@ -114,6 +115,11 @@ def one_task_per_value(state: State, config: RunnableConfig, *, resources: Resou
         return SteerTask(query=state["query"], prompt=prompt, value=value, attribute=asked, mode=state["mode"], made_with=made)
 
     return [Send("steer", task(selected["id"])) for selected in state["values"]]
+
+
+async def aone_task_per_value(state: State, config: RunnableConfig, *, resources: Resources) -> list[Send] | str:
+    """The same without holding up the event loop while the model loads."""
+    return await asyncio.to_thread(one_task_per_value, state, config, resources=resources)
 
 
 def by_mode(state: State, config: RunnableConfig) -> Mode:

@@ -17,8 +17,8 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.memory import InMemorySaver
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
-from mcp.types import CallToolResult, TextContent
-from pydantic import Field
+from mcp.types import CallToolResult, InputRequiredResult, TextContent
+from pydantic import Field, ValidationError
 
 from vispa_graph import __version__
 from vispa_graph.errors import VispaError
@@ -26,7 +26,7 @@ from vispa_graph.graph import PluralGraph, create_graph
 from vispa_graph.resources import Resources
 from vispa_graph.select import select_values
 from vispa_graph.state import Input, Mode, Output, State
-from vispa_graph.tool import DESCRIPTION, answer_text
+from vispa_graph.tool import DESCRIPTION, answer_text, explain_arguments
 
 HOST = "127.0.0.1"
 PATH = "/mcp"
@@ -79,15 +79,16 @@ class Runs:
                 self._saver.delete_thread(oldest)
 
     def state(self, run: str) -> State:
-        """What is kept of a run.
+        """The newest turn of a run that was answered.
 
         Raises:
             ToolError: There is no such run, or it was never answered.
         """
-        state = cast(State, self.graph.get_state(self._config(run)).values)
-        if not state.get("response"):
-            raise ToolError("This run has no answer: it failed, or is still being made.")
-        return state
+        # A turn that has just begun, or failed, may still hold the response of the one before it: only what has ended counts.
+        for snapshot in self.graph.get_state_history(self._config(run)):
+            if not snapshot.next and snapshot.values.get("response"):
+                return cast(State, snapshot.values)
+        raise ToolError("This run has no answer: it failed, or is still being made.")
 
     def _config(self, run: str) -> RunnableConfig:
         if run not in self._known:
@@ -95,10 +96,23 @@ class Runs:
         return {"configurable": {"thread_id": run}}
 
 
+class Server(MCPServer[Any]):
+    """An MCP server that says what is wrong with arguments without repeating them."""
+
+    async def call_tool(self, name: str, arguments: dict[str, Any], context: Context[Any, Any] | None = None) -> CallToolResult | InputRequiredResult:
+        """As in the SDK, but for the message."""
+        try:
+            return await super().call_tool(name, arguments, context)
+        except ToolError as error:
+            if isinstance(error.__cause__, ValidationError):
+                raise ToolError(explain_arguments(error.__cause__)) from None
+            raise
+
+
 def create_server(resources: Resources) -> MCPServer[Any]:
     """A server with three tools: ask, list_values and explain_run."""
     runs = Runs(resources)
-    server: MCPServer[Any] = MCPServer("vispa", version=__version__, instructions=DESCRIPTION, log_level="WARNING")
+    server = Server("vispa", version=__version__, instructions=DESCRIPTION, log_level="WARNING")
 
     @server.tool(description=f"{DESCRIPTION} Gives the id of the run, for follow-up questions and for explain_run.")
     async def ask(

@@ -17,7 +17,7 @@ from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from inspect import iscoroutinefunction
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 from uuid import UUID
 
 from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackHandler, BaseCallbackManager, CallbackManager, Callbacks
@@ -36,6 +36,7 @@ from langgraph.types import Overwrite
 from pydantic import Field
 
 from vispa_graph import state
+from vispa_graph.attributes import ATTRIBUTE
 from vispa_graph.errors import VispaError
 from vispa_graph.taxonomy_index import Taxonomy
 from vispa_graph.taxonomy_index.index import phrases_of
@@ -86,8 +87,13 @@ _STATE = frozenset().union(
 )
 _KNOWN = _LABELS | _TAXONOMY | _NUMBERS | _CONTAINERS | _STATE
 # Metadata that LangGraph, LangSmith and we write. A host's own passes through its own runs, not through ours.
-_METADATA = _LABELS | _NUMBERS | {"value", "family", "thread_id", "checkpoint_ns", "checkpoint_id", "revision_id", "lc_versions", "run_attempt"}
-_METADATA_PREFIXES = ("ls_", "langgraph_")
+_METADATA_LABELS = (_LABELS - {"kind", "role", "step", "type"}) | {
+    *("thread_id", "checkpoint_ns", "checkpoint_id", "revision_id", "lc_versions"),
+    *("ls_provider", "ls_model_name", "ls_model_type", "ls_integration", "ls_retriever_name", "ls_vector_store_provider", "ls_embedding_provider"),
+    *("langgraph_node", "langgraph_triggers", "langgraph_path", "langgraph_checkpoint_ns", "langgraph_version"),
+}
+# Of these what `value` lets through: numbers, and texts of the taxonomy.
+_METADATA_FACTS = _NUMBERS | {"value", "family", "run_attempt", "ls_temperature", "ls_max_tokens", "langgraph_step"}
 _PASSED = frozenset({"run_id", "parent_run_id", "tags", "name", "run_type", "batch_size", "defers_inputs", "tool_call_id"})
 _EVENTS = {f"on_{kind}_{moment}" for kind in ("llm", "chain", "tool", "retriever") for moment in ("start", "end", "error")}
 _EVENTS |= {"on_chat_model_start", "on_llm_new_token"}
@@ -143,7 +149,10 @@ class Redactor:
 
     def metadata(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """Metadata of a run: what programs wrote stays, other values are left out."""
-        return {key: value if key in _METADATA or key.startswith(_METADATA_PREFIXES) else self.value(str(value)) for key, value in metadata.items()}
+        return {
+            key: value if key in _METADATA_LABELS else self.value(value, key) if key in _METADATA_FACTS else self.text(str(value))
+            for key, value in metadata.items()
+        }
 
     def event(self, name: str, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The arguments of a callback as it may see them; None for an event that is not passed on."""
@@ -216,6 +225,23 @@ def without_text(error: BaseException) -> BaseException:
     shown.args = (REDACTED,)
     shown.__dict__.update({name: value for name, value in getattr(error, "__dict__", {}).items() if name != "__notes__"}, original=error)
     return shown
+
+
+def _hide_causes(error: BaseException) -> None:
+    """Leave the texts out of the errors of other libraries that an error of ours came from: stack traces print them too."""
+    while True:
+        chosen = error.__cause__ is not None
+        cause = error.__cause__ if chosen or error.__suppress_context__ else error.__context__
+        if cause is None or hasattr(cause, "hides_text"):
+            return
+        if not isinstance(cause, VispaError):
+            hidden = without_text(cause)
+            if chosen:
+                error.__cause__ = hidden
+            else:
+                error.__context__ = hidden
+            return
+        error = cause
 
 
 def _hidden_class(cls: type[BaseException]) -> type[BaseException]:
@@ -323,7 +349,7 @@ def _public_texts(taxonomy: Taxonomy) -> frozenset[str]:
     phrases = {phrase.text for phrase in found}
     sources = {phrase.source for phrase in found}
     labels = {label for value in taxonomy for label in (value.id, value.name, value.family, value.source)}
-    return frozenset(phrases | sources | labels | {f'{word} "{phrase}"' for phrase in phrases for word in ("like", "about")} | REASONS)
+    return frozenset(phrases | sources | labels | {f'{word} "{phrase}"' for phrase in phrases for word in ("like", "about")} | REASONS | {ATTRIBUTE})
 
 
 class PrivateTool(StructuredTool):
@@ -434,8 +460,10 @@ class Guard(AbstractContextManager[None]):
             except BaseException as error:
                 step = partial(cast(Any, parts).athrow, error)
 
-    def rethrow(self, error: Exception) -> None:
+    def rethrow(self, error: Exception) -> NoReturn:
         """Raise a run's error, without its text where another library wrote it: the host's traces record what passes them."""
+        if self.hides and isinstance(error, VispaError):
+            _hide_causes(error)
         if not self.hides or isinstance(error, VispaError | GraphBubbleUp) or hasattr(error, "hides_text"):
             raise error
         raise without_text(error) from None

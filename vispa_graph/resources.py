@@ -33,6 +33,7 @@ _SUMMARY_TOKENS = 300
 _EMBEDDED_NAME = "vispa-embedded"
 # How many attributes' directions are held in memory.
 _ATTRIBUTES = 64
+_CLOSED = "The graph is closed, and loads no model again. Create a new graph."
 _log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 
@@ -84,7 +85,9 @@ class Resources:
         self.main_llm = main_llm
         self._scrubber = scrubber
         self._progress = progress
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()  # held for moments only
+        self._locks: dict[str, threading.Lock] = {}  # one for each thing that is made, held while it is
+        self._attribute_lock = threading.Lock()
         self._made: dict[str, Any] = {}
         self._owns_engine, self._closed = engine is None, False
         if engine is not None:
@@ -163,8 +166,9 @@ class Resources:
 
     def attribute_steering(self, attribute: str) -> Steering:
         """The steering toward an attribute outside the taxonomy, from the cache or fitted now on pairs made from templates."""
-        with self._lock:
-            return self._steering(self._attribute_direction(attribute))
+        with self._attribute_lock:  # an attribute asked for twice is fitted once
+            direction = self._attribute_direction(attribute)
+        return self._steering(direction)
 
     def steers_toward(self, attribute: str) -> bool:
         """Whether the direction fitted for an attribute tells held-out sentences apart."""
@@ -211,7 +215,7 @@ class Resources:
         return f"{self.settings.method or self.profile.method}{'-generated' if self.settings.positions == 'generated' else ''}"
 
     def close(self) -> None:
-        """Close the engine, if it was loaded here, for good: it is not loaded again. Idempotent."""
+        """Close the engine, if it was loaded here, for good: it is not loaded again. Idempotent, and waits for no load or fit."""
         with self._lock:
             self._closed = True
             engine = self._made.get("engine") if self._owns_engine else None
@@ -219,10 +223,13 @@ class Resources:
             engine.close()
 
     def _once(self, name: str, make: Callable[[], T]) -> T:
-        with self._lock:
-            if name not in self._made:
-                self._made[name] = make()
-            return cast(T, self._made[name])
+        if name not in self._made:
+            with self._lock:
+                lock = self._locks.setdefault(name, threading.Lock())
+            with lock:
+                if name not in self._made:
+                    self._made[name] = make()
+        return cast(T, self._made[name])
 
     def _read_profile(self) -> Profile:
         if self.settings.model != EMBEDDED or not (self._owns_engine or self.engine.name == _EMBEDDED_NAME):
@@ -255,11 +262,11 @@ class Resources:
         from vispa_graph.engine.huggingface import HuggingFaceEngine
 
         if self._closed:
-            raise EngineClosedError("The graph is closed, and loads no model again. Create a new graph.")
+            raise EngineClosedError(_CLOSED)
         if self._progress:
             self._progress("loading the model", 0, 0)
         s = self.settings
-        return HuggingFaceEngine.load(
+        engine = HuggingFaceEngine.load(
             str(embedded_folder()) if s.model == EMBEDDED else s.model,
             name=_EMBEDDED_NAME if s.model == EMBEDDED else s.model,
             device=s.device,
@@ -272,6 +279,12 @@ class Resources:
             queue_size=s.queue_size,
             timeout=s.timeout,
         )
+        with self._lock:
+            if not self._closed:
+                self._made["engine"] = engine
+                return engine
+        engine.close()  # the graph was closed while it loaded
+        raise EngineClosedError(_CLOSED)
 
     def _steering(self, direction: Direction) -> Steering:
         target = self.settings.target_probability

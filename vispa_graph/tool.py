@@ -63,7 +63,7 @@ def as_tool(graph: PluralGraph, *, name: str = "plural_answer", description: str
         args_schema=Arguments,
         response_format="content_and_artifact",
         handle_tool_error=True,
-        handle_validation_error=_explain,
+        handle_validation_error=explain_arguments,
     )
 
 
@@ -81,7 +81,7 @@ def answer_text(output: Output) -> str:
     return f"{output['response']}\n\nValues heard: {heard}.{notes}"
 
 
-def _explain(error: Any) -> str:
+def explain_arguments(error: Any) -> str:
     """What is wrong with the arguments, without repeating what they held."""
     if not hasattr(error, "errors"):
         return "The arguments do not fit the tool's schema."

@@ -192,7 +192,6 @@ def _run_facts(run: TracedRun) -> Iterator[str]:
         yield "letters " + " ".join(f"{p:.2f}" for p in facts["probabilities"]) + f" of {facts['mass']:.2f}"
     if run.run_type == "retriever" and isinstance(run.outputs, dict):
         yield f"{len(run.outputs.get('documents', []))} documents"
-
     if run.name == "compose" and isinstance(run.outputs, dict):
         rests_on = [", ".join(attribution["values"]) for attribution in run.outputs.get("output", [])]
         yield "sentences that rest on " + "; ".join(rests_on)

@@ -7,7 +7,7 @@ from typing import Any
 from langchain_core.runnables import RunnableConfig
 from langgraph.types import Overwrite
 
-from vispa_graph.conversation import recall
+from vispa_graph.conversation import as_read, reading_notes, recall
 from vispa_graph.resources import Resources
 from vispa_graph.state import Candidate, State, unused_inputs
 
@@ -17,7 +17,8 @@ def retrieve(state: State, config: RunnableConfig, *, resources: Resources) -> d
     earlier = state.get("turns", [])
     if not state.get("response"):  # the last turn broke off: it was never answered
         earlier = earlier[:-1]
-    turns, notes = recall(earlier, state["query"])
+    turns = recall(earlier, state["query"])
+    read, notes = as_read(turns), reading_notes(turns)
     notes += [f"The input key {key!r} is not known and was ignored." for key in state["ignored"]]
     notes += [f"The {state['mode']} mode does not use the input {key!r}: it was left out." for key in unused_inputs(state)]
     if resources.profile.note:
@@ -35,21 +36,27 @@ def retrieve(state: State, config: RunnableConfig, *, resources: Resources) -> d
     }
     if state["asked"] is not None:
         return fresh | {"candidates": [], "notes": Overwrite(notes)}
-    if not resources.encoder.fits(state["query"]):
-        notes.append("The text is longer than the sentence encoder reads, so the values were selected by its beginning.")
-    return fresh | {"candidates": _candidates(turns, config, resources), "notes": Overwrite(notes)}
+    texts = _searched(read)
+    if not all(resources.encoder.fits(text) for text in texts):
+        text = "text" if len(read) == 1 else "text, with the earlier questions,"
+        notes.append(f"The {text} is longer than the sentence encoder reads, so the values were selected by its beginning.")
+    return fresh | {"candidates": _candidates(texts, config, resources), "notes": Overwrite(notes)}
 
 
-def _candidates(turns: list[str], config: RunnableConfig, resources: Resources) -> list[Candidate]:
-    """The phrases near the query; for a follow-up also those near it and the turns before it together, each by its higher score.
+def _searched(turns: list[str]) -> list[str]:
+    """What is searched for: the question alone, and a follow-up also with the turns before it."""
+    # The newest turn first: the encoder reads a text's beginning.
+    return [turns[-1]] if len(turns) == 1 else [turns[-1], " ".join(reversed(turns))]
+
+
+def _candidates(texts: list[str], config: RunnableConfig, resources: Resources) -> list[Candidate]:
+    """The phrases near any of the texts, each by its highest score.
 
     So a follow-up is understood by what it follows, and a question that says enough alone is not blurred by what came before.
     """
     from vispa_graph.taxonomy_index.retriever import TaxonomyRetriever
 
     retriever = TaxonomyRetriever(index=resources.index)
-    # The newest turn first: the encoder reads a text's beginning.
-    texts = [turns[-1]] if len(turns) == 1 else [turns[-1], " ".join(reversed(turns))]
     best: dict[tuple[str, str], Candidate] = {}
     for document in [document for text in texts for document in retriever.invoke(text, config)]:
         found = document.metadata

@@ -9,6 +9,7 @@ from typing import Any
 from langchain_core.runnables import RunnableConfig
 from langgraph.types import interrupt
 
+from vispa_graph.attributes import ATTRIBUTE
 from vispa_graph.errors import InputError
 from vispa_graph.resources import Resources
 from vispa_graph.state import SelectedValue, State
@@ -17,11 +18,15 @@ from vispa_graph.taxonomy_index import Taxonomy
 # A weight says how much more one value counts than another; beyond this the other might as well be removed.
 HEAVIEST = 100.0
 
+_UNUSED = "The steerable mode rests on one comment and does not use weights: those of the review were left out."
 _EXPECTED = 'Resume with a list of values, each an id or name, or {"id": ..., "weight": ...}.'
 
 
 def review(state: State, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
     """Interrupt with the selected values and their reasons; resume with the list to hear instead, in that order.
+
+    What it shows holds no text of the user, since a host around the graph may trace it as it is. The question, and those that it follows,
+    are in the state, under `query` and `turns`; an attribute of the caller's own goes by a neutral name.
 
     An entry of the list is an id or name, or one of the values shown, with another `weight` where it is to count more or less.
     Values left out are not heard; others of the taxonomy may be added.
@@ -30,13 +35,20 @@ def review(state: State, config: RunnableConfig, *, resources: Resources) -> dic
     would be given the same value by every later resume. The node runs again from its top each time, so nothing before the
     interrupt has an effect.
     """
-    shown: dict[str, Any] = {"query": state["query"], "values": state["values"]}
+    shown: dict[str, Any] = {"values": [_nameless(value) for value in state["values"]]}
     while True:
         edited = interrupt(shown)
         try:
-            return {"values": _edited(edited, state["values"], resources.taxonomy)}
+            values = _edited(edited, state["values"], resources.taxonomy)
         except InputError as error:
             shown = {**shown, "problem": str(error)}
+            continue
+        weighted = state["mode"] == "steerable" and any(value["weight"] != 1.0 for value in values)
+        return {"values": values, "notes": [_UNUSED] if weighted else []}
+
+
+def _nameless(value: SelectedValue) -> SelectedValue:
+    return SelectedValue(**{**value, "name": "the attribute asked for"}) if value["id"] == ATTRIBUTE else value
 
 
 def _edited(entries: Any, before: list[SelectedValue], taxonomy: Taxonomy) -> list[SelectedValue]:

@@ -114,19 +114,19 @@ class Grammar:
         self.positives = {v.id: [p.positive for form in v.pairs.values() for p in form[:-held_out_pairs]] for v in self.values}
         self.negatives = {v.id: [p.negative for form in v.pairs.values() for p in form[:-held_out_pairs]] for v in self.values}
         self.kinds: list[tuple[float, Callable[[], list[Segment]]]] = [
-            (0.24, self.value_then_comment),
-            (0.24, self.value_in_question),
-            (0.07, self.named_value),
-            (0.04, self.neutral_comment),
-            (0.15, self.bare_value_comment),
+            (0.25, self.value_then_comment),
+            (0.29, self.value_in_question),
+            (0.08, self.named_value),
+            (0.03, self.neutral_comment),
+            (0.18, self.bare_value_comment),
             (0.02, self.opposed_then_neutral),
             (0.05, self.run_of_value),
             (0.01, self.run_of_opposed),
-            (0.07, self.choice_by_stance),
-            (0.04, self.choice_by_act),
-            (0.03, self.choice_by_value),
-            (0.08, self.look_up_option),
-            (0.1, self.recall),
+            (0.03, self.choice_by_stance),
+            (0.01, self.choice_by_act),
+            (0.01, self.choice_by_value),
+            (0.01, self.look_up_option),
+            (0.03, self.recall),
         ]
 
     def document(self) -> list[Segment]:
@@ -340,10 +340,7 @@ class Grammar:
         Without such drills a model this small does not learn to look things up, which options and rare nouns need.
         """
         count = self.random.randint(3, 8)
-
-        def draw() -> str:
-            return self.random.choice(self.nouns) if self.random.random() < 0.6 else self.invented_word()
-
+        draw = lambda: self.random.choice(self.nouns) if self.random.random() < 0.6 else self.invented_word()
         first = list("ABCDEFGH"[:count]) if self.random.random() < 0.6 else [draw() for _ in range(count)]
         pairs = [(word, " ".join(draw() for _ in range(self.random.choice((1, 1, 2))))) for word in first]
         backwards = self.random.random() < 0.6

@@ -26,7 +26,8 @@ def encode_phrases(texts: Sequence[str], encoder: Encoder) -> Floats:
     encoded = encoder.encode([text for text, is_known in zip(texts, known, strict=True) if not is_known]) if not known.all() else vectors[:0]
     result = np.empty((len(texts), (encoded if len(encoded) else vectors).shape[1]), dtype=np.float32)
     result[~known] = encoded
-    result[known] = vectors[places[known]]
+    if known.any():  # vectors of another encoder have no dimensions to tell
+        result[known] = vectors[places[known]]
     return np.ascontiguousarray(result / np.linalg.norm(result, axis=1, keepdims=True))
 
 

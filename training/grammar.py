@@ -340,7 +340,10 @@ class Grammar:
         Without such drills a model this small does not learn to look things up, which options and rare nouns need.
         """
         count = self.random.randint(3, 8)
-        draw = lambda: self.random.choice(self.nouns) if self.random.random() < 0.6 else self.invented_word()
+
+        def draw() -> str:
+            return self.random.choice(self.nouns) if self.random.random() < 0.6 else self.invented_word()
+
         first = list("ABCDEFGH"[:count]) if self.random.random() < 0.6 else [draw() for _ in range(count)]
         pairs = [(word, " ".join(draw() for _ in range(self.random.choice((1, 1, 2))))) for word in first]
         backwards = self.random.random() < 0.6

@@ -1158,8 +1158,8 @@ def test_weights_that_are_not_finite_are_refused_when_the_engine_is_made():
 
 def test_logits_that_are_not_finite_fail_generations_and_scores(opened):
     model = tiny_model(tie_word_embeddings=False)
+    engine = opened(model)  # at loading it would be refused
     model.lm_head.weight.data[40, 0] = math.nan
-    engine = opened(model)
     with pytest.raises(NonFiniteError, match="logits"):
         engine.generate(ask(PROMPT)).result()
     with pytest.raises(NonFiniteError, match="logits"):

@@ -173,7 +173,7 @@ def multiple_choice(resources: Resources, grammar: Grammar, count: int) -> float
     """Share of multiple-choice questions of the grammar answered rightly; its mean chance is about .4."""
     right = []
     for _ in range(count):
-        prompt, answer = grammar.choice_by_stance()
+        prompt, answer, *_ = grammar.choice_by_stance()
         options = len(re.findall(r"^[A-Z]\. ", prompt.text, re.MULTILINE))
         request = ScoreRequest([{"role": "user", "content": prompt.text}], tuple(LETTERS[:options]))
         right.append((resources.engine.score(request), answer.text))

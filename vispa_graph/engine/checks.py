@@ -92,8 +92,13 @@ def sharing_problem(steps: Steps, vocabulary: int) -> str | None:
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """How far logits differ, whatever constant was added to them, as a share of their size; NaN where they are not finite."""
-    one, other = (logits.float() - logits.float().mean(-1, keepdim=True) for logits in (one, other))
+    """How far logits differ, whatever constant was added to them, as a share of their size; NaN where they are not numbers.
+
+    Entries that both rule out (-inf, as models that mask a part of their vocabulary give) do not count.
+    """
+    ruled_out = (one == -torch.inf) & (other == -torch.inf)
+    one, other = (logits.float().masked_fill(ruled_out, 0.0) for logits in (one, other))
+    one, other = (logits - logits.mean(-1, keepdim=True) for logits in (one, other))
     return float((one - other).norm() / other.norm().clamp(min=1e-9))
 
 

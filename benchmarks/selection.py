@@ -80,7 +80,10 @@ def main() -> None:
 
     def by_facets(s: Situation) -> list[str]:
         """The mean cosine of the best two of definition and facets."""
-        near = {value: [hit.score for hit in hits[s["id"]] if hit.phrase.source == value and hit.phrase.kind in OWN - {"sentence"}][:2] for value in taxonomy.ids}
+        near = {
+            value: [hit.score for hit in hits[s["id"]] if hit.phrase.source == value and hit.phrase.kind in OWN - {"sentence"}][:2]
+            for value in taxonomy.ids
+        }
         return sorted(taxonomy.ids, key=lambda value: -sum(near[value]))
 
     def voted(found: Sequence[Hit]) -> list[Selected]:

@@ -23,6 +23,9 @@ bench: $(VENV)/.ready
 	$(RUN)python -m benchmarks.selection
 	$(RUN)python -m benchmarks.embedded_model
 	$(RUN)python -m benchmarks.startup
+	$(RUN)python -m benchmarks.engine
+	$(RUN)python -m benchmarks.fitting --values 4
+	$(RUN)python -m benchmarks.tracing
 
 format: $(VENV)/.ready
 	$(RUN)ruff format .

@@ -3,14 +3,13 @@
 import threading
 import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
-from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vispa_graph.engine.batching import Batcher, Job
-from vispa_graph.errors import EngineClosedError
+from vispa_graph.errors import BatchError, DeadlineError, EngineBusyError, EngineClosedError, NonFiniteError
 
 
 class Runner:
@@ -29,7 +28,7 @@ class Runner:
         for job in jobs:
             if isinstance(job.payload, BaseException):
                 raise job.payload
-            job.future.set_result(job.payload * 2)
+            job.finish(job.payload * 2)
 
 
 @pytest.fixture
@@ -37,8 +36,8 @@ def batcher_of():
     """Makes batchers that are closed when the test ends."""
     made = []
 
-    def make(run, linger=0.0, capacity=100):
-        batcher = Batcher(run, linger=linger, capacity=capacity)
+    def make(run, linger=0.0, capacity=100, **options):
+        batcher = Batcher(run, linger=linger, capacity=capacity, **options)
         made.append((batcher, run))
         return batcher
 
@@ -91,6 +90,21 @@ def test_rows_times_width_stays_within_the_capacity(batcher_of):
     assert [[payload for _, payload in batch] for batch in run.batches[1:]] == [[0, 1, 3], [2, 4]]
 
 
+def test_a_batch_is_as_wide_as_its_longest_prompt_and_its_longest_answer_together(batcher_of):
+    run = Runner(held=True)
+    jobs = [Job("a", 40, 0, new=10), Job("a", 10, 1, new=40), Job("a", 10, 2, new=10)]
+    wait(submit_behind_a_held_one(batcher_of(run, capacity=100), run, jobs), 30)
+    assert run.batches[1:] == [[("a", 0), ("a", 2)], [("a", 1)]]
+
+
+def test_a_backlog_that_fills_a_batch_waits_for_no_others(batcher_of):
+    run = Runner()
+    batcher = batcher_of(run, linger=60.0, capacity=20)
+    futures = [batcher.submit(Job("a", 10, number)) for number in range(3)]
+    assert [future.result(30) for future in futures[:2]] == [0, 2]
+    assert not futures[2].done()
+
+
 def test_a_request_larger_than_the_capacity_runs_by_itself(batcher_of):
     run = Runner(held=True)
     jobs = [Job("a", 500, 1), Job("a", 10, 2), Job("a", 10, 3)]
@@ -123,32 +137,33 @@ def test_every_request_runs_once_within_the_capacity_and_in_the_order_of_its_kin
         waiting = [number for number in waiting if number not in numbers]
 
 
-@pytest.mark.parametrize("crash", [RuntimeError("out of memory"), MemoryError(), SystemExit(1)])
+@pytest.mark.parametrize("crash", [RuntimeError("secret"), MemoryError("secret"), SystemExit("secret")])
 def test_a_crash_fails_the_requests_of_its_batch_and_the_worker_goes_on(crash, batcher_of):
     run = Runner(held=True)
     jobs = [Job("a", 1, 1), Job("a", 1, crash), Job("a", 1, 3), Job("b", 1, 4)]
     futures = submit_behind_a_held_one(batcher_of(run), run, jobs)
     assert futures[0].result(30) == 2  # it was done before the crash
-    assert futures[1].exception(30) is crash
-    assert futures[2].exception(30) is crash
+    for future in futures[1:3]:
+        assert isinstance(future.exception(30), BatchError)
+        assert future.exception().__cause__ is crash
+        assert str(crash) not in str(future.exception())  # it might quote a prompt
     assert futures[3].result(30) == 8
 
 
 def test_after_a_crash_new_requests_are_answered(batcher_of):
     batcher = batcher_of(Runner())
-    assert isinstance(batcher.submit(Job("a", 1, ValueError())).exception(30), ValueError)
+    assert isinstance(batcher.submit(Job("a", 1, ValueError())).exception(30), BatchError)
     assert batcher.submit(Job("a", 1, 21)).result(30) == 42
 
 
 def test_a_cancelled_request_is_skipped_and_its_neighbours_run(batcher_of):
     run = Runner(held=True)
     batcher = batcher_of(run)
-    first = batcher.submit(Job("first", 1, 0))
+    batcher.submit(Job("first", 1, 0))
     assert run.entered.wait(30)
     futures = [batcher.submit(Job(kind, 1, number)) for number, kind in enumerate("aaab")]
     assert futures[1].cancel()
     assert futures[3].cancel()
-    assert not first.cancel()  # it runs already
     run.gate.set()
     assert (futures[0].result(30), futures[2].result(30)) == (0, 4)
     assert batcher.submit(Job("c", 1, 5)).result(30) == 10
@@ -169,7 +184,7 @@ def test_closing_refuses_the_waiting_and_the_new_and_finishes_what_runs(batcher_
     with pytest.raises(EngineClosedError, match="before this request ran"):
         waiting.result(30)
     with pytest.raises(EngineClosedError, match="Create a new"):
-        batcher.submit(Job("a", 1, 4))
+        batcher.submit(Job("a", 1, 4)).result(30)
     assert closing.is_alive()  # it waits for what runs
     run.gate.set()
     assert running.result(30) == 2
@@ -202,6 +217,111 @@ def test_an_idle_batcher_can_be_closed():
     assert not batcher._thread.is_alive()
 
 
+def test_an_error_of_ours_reaches_the_caller_as_it_is(batcher_of):
+    error = NonFiniteError("not finite")
+    assert batcher_of(Runner()).submit(Job("a", 1, error)).exception(30) is error
+
+
+def test_a_request_can_be_cancelled_while_it_runs_and_its_neighbour_is_answered(batcher_of):
+    run = Runner(held=True)
+    batcher = batcher_of(run, linger=0.2)
+    futures = [batcher.submit(Job("a", 1, number)) for number in range(2)]
+    assert run.entered.wait(30)
+    assert futures[0].cancel()
+    run.gate.set()
+    assert futures[1].result(30) == 2
+    assert wait(futures, 30).not_done == set()
+    with pytest.raises(CancelledError):
+        futures[0].result(0)
+    assert not futures[1].cancel()  # too late
+
+
+def test_a_full_queue_refuses_at_once_and_takes_requests_again_when_there_is_room(batcher_of):
+    run = Runner(held=True)
+    batcher = batcher_of(run, queue_size=2)
+    first = batcher.submit(Job("first", 1, 0))
+    assert run.entered.wait(30)
+    waiting = [batcher.submit(Job("a", 1, number)) for number in range(2)]
+    with pytest.raises(EngineBusyError, match=r"2 requests are waiting.*queue_size"):
+        batcher.submit(Job("a", 1, 3)).result(0)
+    unbounded = batcher.submit(Job("a", 1, 4), bounded=False)
+    run.gate.set()
+    assert [future.result(30) for future in (first, *waiting, unbounded)] == [0, 0, 2, 8]
+    assert batcher.submit(Job("a", 1, 5)).result(30) == 10
+
+
+def test_a_request_whose_time_is_up_fails_before_its_batch_and_is_never_run(batcher_of):
+    run = Runner(held=True)
+    batcher = batcher_of(run)
+    first = batcher.submit(Job("first", 1, 0))
+    assert run.entered.wait(30)
+    late, patient = batcher.submit(Job("a", 1, 1, timeout=0.01)), batcher.submit(Job("a", 1, 2, timeout=60.0))
+    time.sleep(0.02)
+    batcher.sweep()  # as the running batch does between its steps
+    with pytest.raises(DeadlineError, match=r"within 0\.01 s") as raised:
+        late.result(0)
+    assert isinstance(raised.value, TimeoutError)
+    run.gate.set()
+    assert (first.result(30), patient.result(30)) == (0, 4)
+    assert run.batches == [[("first", 0)], [("a", 2)]]
+
+
+def test_sweeping_fails_those_taken_from_the_queue_whose_time_is_up(batcher_of):
+    failed = []
+
+    def run(jobs):
+        time.sleep(0.1)
+        batcher.sweep()
+        failed.append(jobs[0].future.done())
+
+    batcher = batcher_of(run)
+    with pytest.raises(DeadlineError):
+        batcher.submit(Job("a", 1, 1, timeout=0.05)).result(30)
+    batcher.close()
+    assert failed == [True]
+
+
+def test_sweeping_takes_cancelled_requests_out_of_the_queue(batcher_of):
+    run = Runner(held=True)
+    batcher = batcher_of(run, queue_size=1)
+    batcher.submit(Job("first", 1, 0))
+    assert run.entered.wait(30)
+    waiting = batcher.submit(Job("a", 1, 1))
+    assert waiting.cancel()
+    batcher.sweep()
+    next_one = batcher.submit(Job("a", 1, 2))
+    run.gate.set()
+    assert next_one.result(30) == 4
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.sampled_from(["finish", "fail", "cancel", "dropped"]), min_size=8, max_size=8))
+def test_of_all_who_resolve_a_request_at_the_same_time_exactly_one_does(actions):
+    job = Job("a", 1, 0)
+    called = []
+    job.future.add_done_callback(called.append)
+    start = threading.Barrier(len(actions))
+    do = {"finish": lambda: job.finish(1), "fail": lambda: job.fail(ValueError()), "cancel": job.future.cancel, "dropped": job.dropped}
+
+    def act(action):
+        start.wait()
+        do[action]()
+
+    with ThreadPoolExecutor(len(actions)) as pool:
+        list(pool.map(act, actions))
+    assert len(called) == (set(actions) != {"dropped"})
+    assert job.dropped() == bool(called)
+
+
+def test_closing_from_a_callback_does_not_wait_for_itself_and_ends_the_worker(batcher_of):
+    ended = threading.Event()
+    batcher = batcher_of(Runner(), finish=ended.set)
+    future = batcher.submit(Job("a", 1, 1))
+    future.add_done_callback(lambda _: batcher.close())
+    assert future.result(30) == 2
+    assert ended.wait(30)
+
+
 @pytest.mark.parametrize("linger", [0.0, 0.005])
 def test_one_request_at_a_time_never_waits_for_others(linger, batcher_of):
     batcher = batcher_of(Runner(), linger=linger)
@@ -223,13 +343,12 @@ def test_many_threads_each_get_their_own_answer(batcher_of):
 
 
 def test_threads_submitting_while_it_closes_are_all_answered_or_refused(batcher_of):
-    batcher = batcher_of(Runner(), linger=0.001)
+    batcher = batcher_of(Runner(), linger=0.001, queue_size=1_000_000)
     outcomes = []
 
     def client():
-        with suppress(EngineClosedError):
-            while True:
-                outcomes.append(batcher.submit(Job("a", 1, 0)))
+        while not outcomes or not batcher._closed:
+            outcomes.append(batcher.submit(Job("a", 1, 0)))
 
     threads = [threading.Thread(target=client) for _ in range(4)]
     for thread in threads:

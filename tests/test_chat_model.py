@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import Future
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import pairwise
 
 import pytest
@@ -15,7 +18,7 @@ from vispa_graph import SteeredChatModel
 from vispa_graph.chat_model import _Stop
 from vispa_graph.engine.contract import Generation
 from vispa_graph.engine.fake import FakeEngine
-from vispa_graph.errors import EngineClosedError, UnknownValueError
+from vispa_graph.errors import EngineClosedError, InputError, SettingsError, UnknownValueError
 
 QUESTION = "What do you think?"
 
@@ -78,6 +81,14 @@ def test_making_a_model_for_a_value_leaves_the_first_one_as_it_was(model):
     karma = model.for_value("karma")
     honor = karma.for_value("honor")
     assert [m.invoke(QUESTION).text.split(",")[0] for m in (model, karma, honor)] == ["Seen from nothing", "Seen from karma", "Seen from honor"]
+
+
+def test_a_model_for_several_values_is_steered_by_each_times_its_weight(model):
+    mixed = model.for_values({"power": 0.5, "tradition": -2.0})
+    assert {part.direction.value: part.strength for part in mixed.steering.parts} == {"power": 0.5, "tradition": -2.0}
+    assert mixed._identifying_params["values"] == {"power": 0.5, "tradition": -2.0}
+    with pytest.raises(InputError):
+        model.for_values({})
 
 
 def test_an_unknown_value_is_refused_when_the_model_is_made(model):
@@ -224,3 +235,185 @@ def test_without_stop_sequences_pieces_pass_as_they_come(text, cuts):
 )
 def test_every_way_of_calling_stops_at_the_same_place(pieces, stop, expected):
     assert [answer.text for answer in read_all_ways(model_of(Pieces(pieces)), stop)] == [expected] * 4
+
+
+class Held(FakeEngine):
+    """Keeps its request and answers when told to, from another thread."""
+
+    def generate(self, request):
+        self.request, self.future = request, Future()
+        return self.future
+
+    def say(self, piece):
+        thread = threading.Thread(target=self.request.on_token, args=(piece,))
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_the_engine_can_go_on_speaking_when_the_loop_that_listened_is_closed():
+    engine, failed = Held(), []
+
+    async def listen_to_the_first_piece():
+        stream = model_of(engine).astream(QUESTION)
+        first = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.01)
+        engine.request.on_token("one")
+        await first
+
+    before, threading.excepthook = threading.excepthook, failed.append
+    try:
+        asyncio.run(listen_to_the_first_piece())
+        engine.say("two")
+    finally:
+        threading.excepthook = before
+    assert not failed
+
+
+@pytest.mark.parametrize("way", ["stream", "astream"])
+def test_who_stops_listening_to_a_stream_frees_its_row(way):
+    engine = Held()
+
+    async def listen():
+        stream = model_of(engine).astream(QUESTION)
+        first = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.01)
+        engine.request.on_token("one")
+        await first
+        await stream.aclose()
+
+    if way == "astream":
+        asyncio.run(listen())
+    else:
+        stream = model_of(engine).stream(QUESTION)
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(next, stream)
+            while not hasattr(engine, "request"):
+                time.sleep(0.001)
+            engine.say("one")
+            first.result(10)
+        stream.close()
+    assert engine.future.cancelled()
+
+
+def test_a_cancelled_async_call_frees_its_row():
+    engine = Held()
+
+    async def call():
+        task = asyncio.ensure_future(model_of(engine).ainvoke(QUESTION))
+        while not hasattr(engine, "request"):
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(call())
+    assert engine.future.cancelled()
+
+
+# What a single call may choose
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, **options: model.invoke(QUESTION, **options),
+        lambda model, **options: model.bind(**options).invoke(QUESTION),
+        lambda model, **options: list(model.stream(QUESTION, **options)),
+        lambda model, **options: asyncio.run(model.ainvoke(QUESTION, **options)),
+        lambda model, **options: asyncio.run(astream(model, QUESTION, **options)),
+    ],
+    ids=["invoke", "bind", "stream", "ainvoke", "astream"],
+)
+def test_a_call_may_choose_its_own_length_temperature_and_seed(model, call):
+    call(model, max_new_tokens=3, temperature=0.5, seed=9)
+    request = model.engine.requests[-1]
+    assert (request.max_new_tokens, request.temperature, request.seed) == (3, 0.5, 9)
+    with pytest.raises(SettingsError, match="It takes max_new_tokens, temperature, seed"):
+        call(model, top_p=0.5)
+    for wrong in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"seed": "3"}):
+        with pytest.raises(SettingsError, match=next(iter(wrong))):
+            call(model, **wrong)
+
+
+def test_langsmith_is_told_the_options_of_the_call(model):
+    assert model._get_ls_params(temperature=0.5)["ls_temperature"] == 0.5
+    assert model._get_ls_params()["ls_temperature"] == 0.0
+
+
+# The cache of answers
+
+
+def test_a_cached_answer_is_never_that_of_another_model_direction_or_option(make_resources):
+    from dataclasses import replace
+
+    def key(model, **options):
+        return model._get_llm_string(**options)
+
+    def other_engine():
+        engine = FakeEngine()
+        engine.fingerprint = "other"
+        return engine
+
+    model = make_resources().chat_model.for_value("karma")
+    direction = model.steering.direction
+    moved = model.model_copy(update={"steering": replace(model.steering, direction=replace(direction, vectors=direction.vectors + 1))})
+    scaled = model.model_copy(update={"steering": replace(model.steering, direction=replace(direction, alpha=direction.alpha + 1))})
+    others = [
+        moved,
+        scaled,
+        make_resources(engine=other_engine()).chat_model.for_value("karma"),
+        make_resources(strength=2).chat_model.for_value("karma"),
+    ]
+    keys = [key(model), key(model, seed=3), *map(key, others)]
+    assert len(set(keys)) == len(keys)
+    assert key(make_resources().chat_model.for_value("karma")) == key(model)
+
+
+# Giving up, and closing
+
+
+class Slow(FakeEngine):
+    """Says one word and then nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.future = Future()
+
+    def generate(self, request):
+        self.on_token = request.on_token
+        request.on_token("One")
+        return self.future
+
+
+def test_a_stream_that_nobody_reads_on_is_cancelled():
+    engine = Slow()
+    chunks = model_of(engine).stream(QUESTION)
+    next(chunks)
+    chunks.close()
+    assert engine.future.cancelled()
+
+
+def test_so_is_an_async_one_and_tokens_that_come_after_the_loop_has_closed_do_no_harm():
+    engine = Slow()
+
+    async def read_one():
+        chunks = model_of(engine).astream(QUESTION)
+        await anext(chunks)
+        await chunks.aclose()
+
+    asyncio.run(read_one())
+    assert engine.future.cancelled()
+    engine.on_token("Two")
+
+
+def test_a_model_that_loaded_its_engine_closes_it_and_a_given_one_stays_open(monkeypatch):
+    loaded, given = FakeEngine(), FakeEngine()
+    monkeypatch.setattr("vispa_graph.resources.Resources._load_engine", lambda self: loaded)
+    model = SteeredChatModel.create()
+    steered = model.for_value("karma")
+    steered.close()
+    model.close()
+    assert loaded.closed
+    SteeredChatModel.create(engine=given).close()
+    assert not given.closed

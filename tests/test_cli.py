@@ -21,10 +21,11 @@ from tiny_models import byte_tokenizer, tiny_model
 
 import vispa_graph
 from vispa_graph import cli
-from vispa_graph.engine.contract import Method
+from vispa_graph.engine.contract import Contrast, Method, Reading, Solver
 from vispa_graph.engine.fake import FakeEngine
 from vispa_graph.errors import NonFiniteError
 from vispa_graph.graph import create_graph
+from vispa_graph.settings import Distribution
 from vispa_graph.state import MODES, Output
 
 QUERY = "Should my father, 84, have surgery he does not want?"
@@ -113,7 +114,8 @@ def test_help_and_version_answer_within_half_a_second_of_processor_time():
 
 def test_the_choices_written_out_are_those_of_the_library():
     assert cli.MODES == MODES
-    assert get_args(Method) == cli.METHODS
+    choices = {cli.METHODS: Method, cli.CONTRASTS: Contrast, cli.READINGS: Reading, cli.SOLVERS: Solver, cli.DISTRIBUTIONS: Distribution}
+    assert [get_args(named) for named in choices.values()] == list(choices)
 
 
 # ask
@@ -253,7 +255,7 @@ def test_a_trace_holds_every_step_and_none_of_the_texts(vispa, engine, tmp_path)
     runs = children(tree)
     assert {"retrieve", "rerank", "steer", "steerable"} <= {run["name"] for run in runs}
     assert sum(run["run_type"] == "llm" and run["name"].startswith("steer ") for run in runs) == 2
-    assert {run["inputs"] for run in runs} == {run["outputs"] for run in runs} == {"redacted"}
+    assert tree["inputs"]["query"] == tree["outputs"]["response"] == "redacted"
     assert all(run["start"] <= run["end"] for run in runs)
     assert [run["metadata"]["value"] for run in runs if run["name"].startswith("steer ")]
 
@@ -276,7 +278,8 @@ def test_a_run_that_fails_leaves_a_trace_with_its_error_hidden_unless_asked(visp
     assert (SECRET in file.read_text()) is content
     errors = [run["error"] for run in children(json.loads(file.read_text())) if run["error"]]
     assert errors
-    assert all("NonFiniteError" in error if content else error == "redacted" for error in errors)
+    assert all("NonFiniteError" in error for error in errors)
+    assert content or all("redacted" in error for error in errors)
 
 
 def test_a_trace_ends_with_the_error_that_kept_the_model_from_being_ready(vispa, tmp_path):
@@ -342,7 +345,7 @@ def test_fitting_tells_the_accuracy_of_every_value_and_is_done_once(vispa, engin
     monkeypatch.setenv("VISPA_CACHE", str(tmp_path))
     reads = []
     read = engine.read
-    engine.read = lambda *arguments: reads.append(1) or read(*arguments)
+    engine.read = lambda texts, *rest: reads.extend(texts) or read(texts, *rest)
     arguments = ["fit", "--layers", "2", "--method", "mean_difference"]
     first = vispa(*arguments, "--json", env={"FORCE_COLOR": "1", "TERM": "xterm-256color"})
     fitted = json.loads(first.stdout)
@@ -352,7 +355,51 @@ def test_fitting_tells_the_accuracy_of_every_value_and_is_done_once(vispa, engin
     assert "fitting directions" in first.stderr
     told = vispa(*arguments)
     assert f"{fitted['accuracy']['honor']:.1%}" in next(line for line in told.stdout.splitlines() if line.startswith("Honor "))
-    assert reads == [1]
+    assert len(reads) == sum(2 * len(value.all_pairs) for value in taxonomy)
+
+
+def test_fitting_tells_accuracies_by_block_and_warns_of_what_does_not_separate(vispa, engine, taxonomy, tmp_path):
+    """The states of the fake engine are random: nothing separates."""
+    result = vispa("fit", "--layers", "2,3", "--method", "mean_difference", "--json", env={"VISPA_CACHE": str(tmp_path)})
+    fitted = json.loads(result.stdout)
+    for value in taxonomy.ids:
+        for kind in ("accuracy", "held_out"):
+            blocks = fitted["by_block"][value][kind]
+            assert len(blocks) == 2
+            assert fitted[kind][value] == pytest.approx(sum(blocks) / 2, abs=1e-4)
+    assert fitted["not_separating"]
+    assert all(fitted["held_out"][value] < 0.6 for value in fitted["not_separating"])
+    assert all(fitted["held_out"][value] >= 0.6 for value in set(taxonomy.ids) - set(fitted["not_separating"]))
+    assert result.stderr.startswith("vispa: warning: ")
+    assert taxonomy[fitted["not_separating"][0]].name in result.stderr
+
+
+def test_contrast_reading_and_solver_can_be_chosen_for_a_fit(vispa, engine, own_values):
+    read, heard = engine.read, []
+    engine.read = lambda texts, *rest: heard.extend(texts) or read(texts, *rest)
+    arguments = ["fit", "--contrast", "opposed+others", "--reading", "chat", "--solver", "saga", "--layers", "1", "--values", own_values, "--json"]
+    fitted = json.loads(vispa(*arguments, env={"VISPA_SHIPPED_VALUES": "false"}).stdout)
+    assert {key: fitted[key] for key in ("contrast", "reading")} == {"contrast": "opposed+others", "reading": "chat"}
+    assert heard
+    assert all(turn[0]["role"] == "user" for turn in heard)
+
+
+def test_a_fit_that_broke_off_goes_on_with_what_is_missing(vispa, engine, taxonomy, tmp_path):
+    read, heard = engine.read, []
+
+    def breaks(texts, *rest):
+        heard.extend(texts)
+        if len(heard) > 2000:
+            raise NonFiniteError("The activations are not finite. Try another dtype.")
+        return read(texts, *rest)
+
+    engine.read = breaks
+    arguments, env = ["fit", "--layers", "2", "--method", "pca", "--json"], {"VISPA_CACHE": str(tmp_path)}
+    assert refused(vispa(*arguments, env=env), "not finite")
+    engine.read, heard[:] = lambda texts, *rest: heard.extend(texts) or read(texts, *rest), []
+    assert list(json.loads(vispa(*arguments, env=env).stdout)["accuracy"]) == list(taxonomy.ids)
+    whole = sum(2 * len(value.all_pairs) for value in taxonomy)
+    assert 0 < len(heard) < whole - 900
 
 
 def test_a_small_taxonomy_of_ones_own_can_be_fitted(vispa, own_values):
@@ -372,9 +419,22 @@ def test_check_says_what_was_found_in_a_model(tmp_path, chat):
     assert found["architecture"] == "LlamaForCausalLM"
     assert found["blocks"] == "LlamaDecoderLayer"
     assert (found["depth"], found["width"]) == (model.config.num_hidden_layers, model.config.hidden_size)
-    assert found["adds_exactly"] is True
+    assert found["adds_exactly"] is found["same_alone_and_in_a_batch"] is found["generated_positions"] is True
+    assert found["dtype"] == "float32"
     assert found["chat_template"] is chat
     assert f"chat template: {'yes' if chat else 'no'}" in run("check", tmp_path).stdout
+
+
+def test_check_refuses_a_model_that_cannot_be_steered_with_the_reason(tmp_path):
+    tiny_model("mamba").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    refused(run("check", tmp_path), "MambaForCausalLM cannot be steered: what block 0 returns")
+
+
+def test_check_says_whether_generated_positions_alone_can_be_steered(tmp_path):
+    tiny_model("jamba").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert "generated positions: no" in run("check", tmp_path).stdout
 
 
 def test_check_says_which_values_a_folder_holds(vispa, own_values):
@@ -492,7 +552,8 @@ def option(*answers):
         (["ask", QUERY, "--layers", "-1"], ["--layers"]),
         (["ask", QUERY, "--layers", ""], ["--layers"]),
         (["ask", QUERY, "--method", "guess"], ["probe", "mean_difference", "pca"]),
-        (["ask", QUERY, "--strength", "-1"], ["strength"]),
+        (["ask", QUERY, "--layers", "0.8-0.3", "--value", "power"], ["ascending from 0 to 1"]),
+        (["ask", QUERY, "--strength", "-101"], ["strength"]),
         (["ask", QUERY, "--strength", "nan"], ["strength"]),
         (["ask", QUERY, "--temperature", "inf"], ["temperature"]),
         (["ask", QUERY, "--seed", "-1"], ["seed"]),
@@ -639,3 +700,45 @@ def test_ranges_of_layers_are_spelled_out_in_the_order_given(ranges):
     ranges = [(first, min(first + more, 9999)) for first, more in ranges]
     text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
     assert cli.block_numbers(text) == tuple(number for first, last in ranges for number in range(first, last + 1))
+
+
+def test_layers_may_be_chosen_by_fraction_of_the_depth():
+    assert cli.block_numbers("0.25-0.75") == (0.25, 0.75)
+
+
+# Serving
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """What the command would serve over HTTP."""
+    found = {}
+
+    def serve(server, port, token, ready):
+        found.update(server=server.name, port=port, token=token)
+        ready(f"http://127.0.0.1:{port}/mcp")
+
+    monkeypatch.setattr("vispa_graph.mcp_server.serve_http", serve)
+    return found
+
+
+def test_a_token_that_is_given_is_used_and_not_shown(vispa, served, monkeypatch):
+    monkeypatch.setenv("VISPA_MCP_TOKEN", "my secret")
+    done = vispa("mcp", "--http", "8765")
+    assert served == {"server": "vispa", "port": 8765, "token": "my secret"}
+    assert done.stdout == ""
+    assert done.stderr == "vispa: serving on http://127.0.0.1:8765/mcp\n"
+
+
+def test_a_token_that_is_not_given_is_made_up_and_shown(vispa, served):
+    shown = [vispa("mcp", "--http", "0").stderr.split()[-1] for _ in range(2)]
+    assert shown[1] == served["token"]
+    assert len(set(shown)) == 2
+    assert all(len(token) >= 32 for token in shown)
+
+
+def test_without_its_package_the_server_says_what_to_install(vispa, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    done = vispa("mcp")
+    assert done.exit_code == 2
+    assert "pip install 'vispa_graph[mcp]'" in done.stderr

@@ -1,14 +1,21 @@
 """Fitting directions: what was planted is found, and every value gets one."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from tiny_models import DEPTH, WIDTH, tiny_engine
 
-from vispa_graph.engine.directions import FitSettings, first_component, fit_direction, fit_directions, fit_probe
+from vispa_graph.engine.directions import FitSettings, ReadOnce, fit_direction, fit_directions, separates
 from vispa_graph.engine.fake import FakeEngine
+from vispa_graph.engine.methods import first_component, fit_probe
+from vispa_graph.engine.pairs import make_twins
+from vispa_graph.engine.store import DirectionStore, manifest_key
+from vispa_graph.errors import NonFiniteError
 from vispa_graph.prompts import load_prompt
 from vispa_graph.taxonomy_index.taxonomy import Pair, Taxonomy, Value
 
@@ -163,13 +170,13 @@ class PlantedEngine(FakeEngine):
         self.read_texts += conversations
         if progress:
             progress(len(conversations))
-        random = np.random.default_rng(1)
         states = []
         for text in conversations:
+            random = np.random.default_rng(list(text.encode()))
             name, side, _ = text.split(" ")
             sign = 1 if side == "+" else -1
             state = sign * self.sizes[0] * self.tone + sign * self.sizes[1] * self.meanings[name]
-            states.append([layer * 10 + state + 0.5 * random.standard_normal(32) for layer in range(self.depth)])
+            states.append([layer * 10 + state + 0.3 * random.standard_normal(32) for layer in range(self.depth)])
         return np.array(states, dtype=np.float32)
 
 
@@ -246,14 +253,16 @@ def test_every_value_gets_a_finite_direction_in_the_order_of_the_taxonomy(method
         assert ((direction.accuracy >= 0) & (direction.accuracy <= 1)).all()
 
 
-def test_the_whole_shipped_taxonomy_is_fitted_in_one_reading(taxonomy):
+@pytest.mark.parametrize("contrast", ["opposed", "opposed+others"])
+def test_every_sentence_of_the_taxonomy_is_read_once_many_at_a_time(taxonomy, contrast):
     engine = FakeEngine()
     readings = []
     read = engine.read
     engine.read = lambda texts, progress=None: readings.append(list(texts)) or read(texts, progress)
-    directions = fit_directions(engine, taxonomy, FitSettings("mean_difference", (0,)))
+    directions = fit_directions(engine, taxonomy, FitSettings("mean_difference", (0,), contrast))
     assert tuple(directions) == taxonomy.ids
-    assert readings == [sentences(taxonomy)]
+    assert sorted(text for texts in readings for text in texts) == sorted(sentences(taxonomy))
+    assert min(map(len, readings)) >= 64 * 7
 
 
 @settings(deadline=None, max_examples=20)
@@ -289,16 +298,211 @@ def test_read_as_chat_four_sentences_of_one_side_stand_before_a_situation_that_t
     fit_directions(engine, values, FitSettings("mean_difference", LAYERS, reading="chat"))
     template = load_prompt("comment").render(text="").strip()
     situations = {}
-    for sentence, conversation in zip(sentences(values), heard, strict=True):
+    for conversation in heard:
         assert [turn["role"] for turn in conversation] == ["user"]
         read, situation = conversation[0]["content"].split(template)
-        assert read.startswith(f"{sentence} ")
+        sentence = " ".join(read.split()[:3])
         side, other = (" + ", " - ") if " + " in sentence else (" - ", " + ")
         assert read.count(side) == 4
         assert other not in read
         situations[sentence] = situation
+    assert sorted(situations) == sorted(sentences(values))
     assert all(situations[sentence] == situations[sentence.replace(" + ", " - ")] for sentence in situations)
     assert len(set(situations.values())) > 1
+
+
+# Held-out accuracy
+
+
+def held(pairs, apart):
+    mask = np.zeros(pairs, dtype=bool)
+    mask[:apart] = True
+    return mask, mask
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_held_out_accuracy_is_that_of_a_fit_without_the_pairs_held_out(method):
+    positives, negatives, _ = planted(pairs=40, distance=0.5)
+    mask = held(40, 12)[0]
+    chosen = FitSettings(method, LAYERS)
+    direction = fit_direction("value", positives, negatives, chosen, held=(mask, mask))
+    apart = fit_direction("value", positives[~mask], negatives[~mask], chosen)
+    for layer in range(len(LAYERS)):
+        p, n = positives[:, layer].astype(float), negatives[:, layer].astype(float)
+        b = apart.bias[layer] if method == "probe" else -apart.vectors[layer] @ (p[~mask].mean(0) + n[~mask].mean(0)) / 2
+        expected = ((p[mask] @ apart.vectors[layer] + b > 0).mean() + (n[mask] @ apart.vectors[layer] + b <= 0).mean()) / 2
+        assert direction.held_out[layer] == pytest.approx(expected, abs=1e-6)
+    assert np.array_equal(direction.vectors, fit_direction("value", positives, negatives, chosen).vectors)
+
+
+def test_more_dimensions_than_sentences_are_always_told_apart_but_sentences_held_out_are_not():
+    positives, negatives, _ = planted(pairs=30, width=200, distance=0.0)
+    direction = fit_direction("value", positives, negatives, FitSettings("probe", LAYERS), held=held(30, 9))
+    assert direction.accuracy.tolist() == [1.0] * 3
+    assert direction.held_out.mean() < 0.75
+
+
+def test_what_separates_is_judged_by_the_pairs_held_out():
+    alike, apart = (planted(pairs=200, width=8, distance=distance)[:2] for distance in (0.0, 2.0))
+    chosen = FitSettings("probe", LAYERS)
+    assert separates(fit_direction("value", *apart, chosen, held=held(200, 60)))
+    assert not separates(fit_direction("value", *alike, chosen, held=held(200, 60)))
+
+
+def test_too_few_pairs_have_no_held_out_accuracy():
+    found = fit_directions(PlantedEngine(NAMES), Taxonomy([value_of("honor", pairs=2)]), FitSettings("probe", LAYERS))
+    assert found["honor"].held_out is None
+    assert separates(found["honor"])
+
+
+@given(st.integers(1, 100), st.sampled_from(["raw", "chat"]))
+def test_about_three_in_ten_pairs_are_held_out_and_share_no_sentence_with_the_others(count, reading):
+    twins = make_twins([Pair(f"p{n};", f"n{n};") for n in range(count)], reading)
+    if not twins.held.any():
+        assert count < (4 if reading == "raw" else 12)
+        return
+    assert 0.1 < twins.held.mean() < 0.5
+
+    def words(prompts, kept):
+        texts = [p if isinstance(p, str) else p[0]["content"] for p, k in zip(prompts, kept, strict=True) if k]
+        return {word for text in texts for word in text.split() if word.endswith(";")}
+
+    for side in (twins.positives, twins.negatives):
+        assert not words(side, twins.held) & words(side, ~twins.held)
+
+
+# The paper's solver
+
+
+def test_saga_is_scikit_learns_on_the_seven_tenths_that_are_not_held_out():
+    positives, negatives, _ = planted(pairs=40, width=12)
+    mask = held(40, 12)
+    direction = fit_direction("value", positives, negatives, FitSettings("probe", LAYERS, solver="saga"), held=mask)
+    for layer in range(len(LAYERS)):
+        p, n = positives[~mask[0], layer].astype(float), negatives[~mask[1], layer].astype(float)
+        plain = LogisticRegression(solver="saga", max_iter=10_000, random_state=0).fit(np.concatenate([p, n]), [1] * len(p) + [0] * len(n))
+        assert np.allclose(direction.vectors[layer], plain.coef_[0], atol=1e-6)
+        assert direction.bias[layer] == pytest.approx(plain.intercept_[0], abs=1e-6)
+        assert 0.5 <= direction.held_out[layer] <= 1
+
+
+def test_saga_at_its_own_tolerance_stops_short_of_the_optimum():
+    """Where the states' dimensions differ much in size, as those of a language model do."""
+    positives, negatives, _ = planted(pairs=60, width=80, distance=0.3)
+    scale = np.exp(np.random.default_rng(3).standard_normal(80) * 2).astype(np.float32)
+    p, n = (positives[:, 0] * scale).astype(float), (negatives[:, 0] * scale).astype(float)
+    assert np.linalg.norm(fit_probe(p, n, 1.0, "saga")[0]) < 0.95 * np.linalg.norm(fit_probe(p, n, 1.0)[0])
+
+
+# With a store
+
+
+def stored(folder, engine, names=NAMES, layers=LAYERS, **options):
+    chosen = FitSettings("mean_difference", layers, **options)
+    store = DirectionStore(folder, manifest_key(engine, chosen), model_name="planted")
+    return fit_directions(engine, Taxonomy([value_of(name) for name in names]), chosen, store=store)
+
+
+def test_what_is_in_the_store_is_neither_read_nor_fitted_again(tmp_path):
+    first = stored(tmp_path, PlantedEngine(NAMES))
+    engine = PlantedEngine(NAMES)
+    again = stored(tmp_path, engine)
+    assert engine.read_texts == []
+    for name in NAMES:
+        assert np.array_equal(first[name].vectors, again[name].vectors)
+        assert np.array_equal(first[name].held_out, again[name].held_out)
+
+
+def test_a_value_more_is_the_only_one_fitted(tmp_path):
+    stored(tmp_path, PlantedEngine(NAMES), NAMES[:3])
+    engine = PlantedEngine(NAMES)
+    assert list(stored(tmp_path, engine)) == list(NAMES)
+    assert {text.split()[0] for text in engine.read_texts} == {NAMES[3]}
+
+
+def test_where_other_values_are_the_negatives_a_value_more_changes_them_all(tmp_path):
+    stored(tmp_path, PlantedEngine(NAMES), NAMES[:3], contrast="opposed+others")
+    again = stored(tmp_path, PlantedEngine(NAMES), contrast="opposed+others")
+    fresh = fit_directions(
+        PlantedEngine(NAMES), Taxonomy([value_of(name) for name in NAMES]), FitSettings("mean_difference", LAYERS, "opposed+others")
+    )
+    assert all(np.array_equal(again[name].vectors, fresh[name].vectors) for name in NAMES)
+
+
+def test_blocks_that_are_missing_are_added_to_those_that_are_there(tmp_path):
+    few = stored(tmp_path, PlantedEngine(NAMES), layers=(2, 7))
+    many = stored(tmp_path, PlantedEngine(NAMES), layers=LAYERS)
+    fresh = stored(tmp_path / "other", PlantedEngine(NAMES), layers=LAYERS)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2 * len(NAMES)
+    for name in NAMES:
+        assert np.array_equal(many[name].vectors, fresh[name].vectors)
+        assert np.array_equal(many[name].vectors[[0, 2]], few[name].vectors)
+        assert many[name].layers == LAYERS
+
+
+def test_a_fit_that_breaks_off_keeps_the_values_that_were_finished(tmp_path):
+    names = tuple(f"value{number}" for number in range(20))
+
+    class Breaking(PlantedEngine):
+        def read(self, conversations, progress=None):
+            if any(text.startswith("value9 ") for text in conversations):
+                raise NonFiniteError("The activations are not finite.")
+            return super().read(conversations, progress)
+
+    with pytest.raises(NonFiniteError):
+        stored(tmp_path, Breaking(names), names)
+    engine = PlantedEngine(names)
+    again = stored(tmp_path, engine, names)
+    assert {text.split()[0] for text in engine.read_texts} == set(names[8:])
+    fresh = stored(tmp_path / "other", PlantedEngine(names), names)
+    assert all(np.array_equal(again[name].vectors, fresh[name].vectors) for name in names)
+
+
+def test_a_changed_magnitude_needs_no_new_fit(tmp_path):
+    stored(tmp_path, PlantedEngine(NAMES))
+    engine, chosen = PlantedEngine(NAMES), FitSettings("mean_difference", LAYERS)
+    store = DirectionStore(tmp_path, manifest_key(engine, chosen), model_name="planted")
+    found = fit_directions(engine, Taxonomy([value_of("honor", alpha=0.3)]), chosen, store=store)
+    assert found["honor"].alpha == 0.3
+    assert engine.read_texts == []
+
+
+def fit_in_a_process(folder, ready, go):
+    ready.release()
+    go.wait(60)
+    stored(folder, PlantedEngine(NAMES))
+
+
+def test_processes_that_fit_at_once_leave_a_whole_store(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, go = context.Semaphore(0), context.Event()
+    processes = [context.Process(target=fit_in_a_process, args=(tmp_path, ready, go)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for _ in processes:
+        assert ready.acquire(timeout=60)
+    go.set()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    engine = PlantedEngine(NAMES)
+    found = stored(tmp_path, engine)
+    assert engine.read_texts == []
+    fresh = stored(tmp_path / "other", PlantedEngine(NAMES))
+    assert all(np.array_equal(found[name].vectors, fresh[name].vectors) for name in NAMES)
+
+
+def test_several_methods_can_share_one_reading(values):
+    engine = PlantedEngine(NAMES)
+    once = ReadOnce(engine)
+    for method in METHODS:
+        shared = fit_directions(once, values, FitSettings(method, LAYERS))
+        alone = fit_directions(PlantedEngine(NAMES), values, FitSettings(method, LAYERS))
+        assert all(np.array_equal(shared[name].vectors, alone[name].vectors) for name in NAMES)
+    assert sorted(engine.read_texts) == sorted(sentences(values))
+
+
+# On models
 
 
 def test_directions_fitted_on_a_model_tell_its_own_sentences_apart(taxonomy):
@@ -310,3 +514,34 @@ def test_directions_fitted_on_a_model_tell_its_own_sentences_apart(taxonomy):
     for direction in directions.values():
         assert direction.vectors.shape == (DEPTH, WIDTH)
         assert direction.accuracy.min() > 0.5
+
+
+@pytest.mark.parametrize("contrast", ["opposed", "opposed+others"])
+@pytest.mark.parametrize("reading", ["raw", "chat"])
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+def test_contrast_and_reading_are_choices_for_every_model(architecture, reading, contrast, taxonomy):
+    engine = tiny_engine(architecture, chat=True)
+    subset = taxonomy.subset(["honor", "fairness", "karma"])
+    try:
+        chosen = FitSettings("probe", (1, 3), contrast, reading)
+        found = fit_directions(engine, subset, chosen)
+        otherwise = fit_directions(engine, subset, FitSettings("probe", (1, 3), "opposed", "raw"))
+    finally:
+        engine.close()
+    assert tuple(found) == subset.ids
+    same = all(np.allclose(found[name].vectors, otherwise[name].vectors, atol=1e-4) for name in found)
+    assert same == (chosen == FitSettings("probe", (1, 3)))
+
+
+def test_one_sentence_at_a_time_gives_the_same_directions_as_batches(taxonomy):
+    engine = tiny_engine()
+    subset, chosen = taxonomy.subset(["honor", "fairness"]), FitSettings("mean_difference", (1, 3))
+    try:
+        together = fit_directions(engine, subset, chosen)
+        read = engine.read
+        engine.read = lambda texts, progress=None: np.concatenate([read([text], progress) for text in texts])
+        alone = fit_directions(engine, subset, chosen)
+    finally:
+        engine.close()
+    for name in together:
+        assert np.allclose(together[name].vectors, alone[name].vectors, atol=1e-5)

@@ -3,9 +3,12 @@
 import json
 import math
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
-from itertools import product
+from itertools import count, product
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from tiny_models import (
     ARCHITECTURES,
     CONTEXT,
     DEPTH,
+    UNSHARED,
     VOCABULARY,
     WIDTH,
     ask,
@@ -31,24 +35,32 @@ from tiny_models import (
     tiny_model,
     worker_held,
 )
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
-from vispa_graph.engine.contract import Direction, Engine, GenerationRequest, ScoreRequest
+from vispa_graph.engine.contract import Direction, Engine, Generation, GenerationRequest, ScoreRequest, mix
 from vispa_graph.engine.huggingface import HuggingFaceEngine, fingerprint
 from vispa_graph.errors import (
+    BatchError,
     ContextLengthError,
+    DeadlineError,
+    EngineBusyError,
     EngineClosedError,
+    EngineMemoryError,
     InputError,
     LayerError,
     ModelError,
     ModelNotFoundError,
     NonFiniteError,
     NotCausalError,
+    SettingsError,
     UnsteerableModelError,
 )
 from vispa_graph.resources import Resources
 from vispa_graph.settings import Settings
 
 LAYERS = (1, 2, 3)
+STEERED = steer(random_direction(LAYERS, seed=1))
 # One of each way to count positions (rotary, learned, slopes on the mask) and to return a hidden state (tensor, tuple).
 KINDS = ("llama", "gpt2", "bloom", "gpt_neox")
 PROMPT = "Should my father, 84, have surgery?"
@@ -104,24 +116,26 @@ def probability(direction, layer, state):
 # The calculation of the papers, written for one prompt alone: one whole forward pass for each layer
 
 
-def adding(delta):
+def adding(delta, start):
     def hook(_module, _inputs, output):
-        return (output[0] + delta, *output[1:]) if isinstance(output, tuple) else output + delta
+        hidden = (output[0] if isinstance(output, tuple) else output).clone()
+        hidden[:, start:] += delta
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     return hook
 
 
 class Reference:
-    """A model steered by simple hooks, without padding, batches or a cache."""
+    """A model steered by simple hooks from the position `start` on, without padding, batches or a cache."""
 
-    def __init__(self, architecture, steering, **changes):
+    def __init__(self, architecture, steering, start=0, **changes):
         self.model, self.steering, self.deltas = tiny_model(architecture, **changes), steering, {}
-        self.blocks = find_blocks(self.model)
+        self.blocks, self.start = find_blocks(self.model), start
 
     def forward(self, ids, watch=None):
         """Logits [vocabulary] at the last position, and the state [d] there after the block `watch`."""
         seen = []
-        handles = [self.blocks[layer].register_forward_hook(adding(delta)) for layer, delta in self.deltas.items()]
+        handles = [self.blocks[layer].register_forward_hook(adding(delta, self.start)) for layer, delta in self.deltas.items()]
         if watch is not None:
             handles.append(self.blocks[watch].register_forward_hook(lambda _m, _i, o: seen.append(o[0] if isinstance(o, tuple) else o)))
         try:
@@ -139,7 +153,10 @@ class Reference:
             _, state = self.forward(ids, watch=layer)
             w, e = direction.vectors[index].astype(np.float64), state.double().numpy()
             wanted = math.log(self.steering.target_probability / (1 - self.steering.target_probability))
-            eps = max(0.0, (wanted - float(direction.bias[index]) - w @ e) / (w @ w)) * self.steering.strength
+            bias, strength = float(direction.bias[index]), self.steering.strength
+            # Suppressing is ConVA's minus variant, down to 1 - P0.
+            eps = max(0.0, wanted - bias - w @ e) if strength > 0 else min(0.0, -wanted - bias - w @ e)
+            eps *= abs(strength) / (w @ w)
             self.deltas[layer] = torch.from_numpy(eps * w).float()
             magnitudes.append(eps)
         return magnitudes
@@ -184,10 +201,11 @@ def test_calibration_in_the_prefill_equals_one_forward_pass_for_each_layer(archi
         assert generation.text == text
 
 
-@pytest.mark.parametrize("strength", [0.5, 1.5])
+@pytest.mark.parametrize("strength", [0.5, 1.5, -1.0, -2.0])
 def test_calibration_scaled_by_a_strength_equals_the_same_calculation(strength, opened):
     steering = steer(random_direction(LAYERS, seed=2), strength=strength, target=0.7)
     expected = Reference("llama", steering).calibrate(ids_of(PROMPT))
+    assert any(expected)
     report = opened(tiny_model()).generate(ask(PROMPT, steering=steering, max_new_tokens=1)).result().steering
     assert report.magnitude == pytest.approx(expected, rel=1e-4)
 
@@ -226,6 +244,137 @@ def test_the_calibrated_magnitude_is_held_at_every_position_while_generating(ope
             assert np.allclose((now - was).numpy(), np.broadcast_to(delta, now.shape), atol=1e-5)
 
 
+# Generated positions only, suppression, several values
+
+
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - UNSHARED))
+def test_steering_generated_positions_equals_adding_from_the_last_prompt_token_on(architecture, opened):
+    steering = steer(random_direction(LAYERS, seed=1))
+    reference = Reference(architecture, steering, start=len(ids_of(PROMPT)[0]) - 1)
+    expected = reference.calibrate(ids_of(PROMPT))
+    text = reference.text(ids_of(PROMPT), 6)
+    engine = opened(tiny_model(architecture))
+    request = ask(PROMPT, steering=replace(steering, positions="generated"), max_new_tokens=6)
+    same_prompt = ask(PROMPT, steering=steer(random_direction([2], method="pca", seed=3), positions="generated"), max_new_tokens=9)
+    longer = ask("x" * 60, steering=steer(random_direction(LAYERS, seed=2), positions="generated"), max_new_tokens=3)
+    for generation in (engine.generate(request).result(), together(engine, longer, same_prompt, request)[2]):
+        assert generation.steering.magnitude == pytest.approx(expected, rel=1e-4)
+        assert generation.steering.positions == "generated"
+        assert generation.text == text
+
+
+@pytest.mark.parametrize("architecture", sorted(UNSHARED))
+def test_where_a_prompt_cannot_be_shared_generated_positions_are_refused_with_the_reason(architecture, opened):
+    engine = opened(tiny_model(architecture))
+    assert engine.describe()["generated_positions"] is False
+    for request in (ask(PROMPT, steering=steer(random_direction(LAYERS), positions="generated")),):
+        with pytest.raises(UnsteerableModelError, match=r"generated positions only: its cache .* Steer all positions"):
+            engine.generate(request).result(60)
+    assert engine.generate(ask(PROMPT, steering=steer(random_direction(LAYERS)), max_new_tokens=2)).result(60).steering
+
+
+def test_a_prompt_that_several_values_share_is_read_once(opened):
+    model = tiny_model()
+    engine = opened(model)
+    requests = [ask(PROMPT, steering=steer(random_direction(LAYERS, seed=n), positions="generated"), max_new_tokens=2) for n in range(4)]
+    shapes = []
+    handle = model.register_forward_pre_hook(lambda _m, _a, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True)
+    try:
+        results = together(engine, *requests)
+    finally:
+        handle.remove()
+    assert {r.batch_rows for r in results} == {4}
+    prompt = results[0].prompt_tokens
+    assert shapes[1:3] == [(1, prompt - 1), (4, 1)]  # after the text that holds the worker
+
+
+def test_a_prompt_of_one_token_can_be_steered_at_generated_positions(opened):
+    engine = opened(tiny_model(), byte_tokenizer(chat=True))
+    engine._chat_tokens = lambda messages: [len(messages[0]["content"])] * len(messages[0]["content"])
+    steering = steer(random_direction(LAYERS, seed=1), positions="generated")
+    alone = engine.generate(ask("x", steering=steering, max_new_tokens=4)).result()
+    beside = together(engine, ask("yyyy", steering=steering, max_new_tokens=4), ask("x", steering=steering, max_new_tokens=4))[1]
+    assert alone.text == beside.text
+    assert alone.text == engine.generate(ask("x", steering=replace(steering, positions="all"), max_new_tokens=4)).result().text
+
+
+def test_letters_can_be_scored_at_generated_positions(opened):
+    steering = steer(random_direction(LAYERS, seed=1), positions="generated")
+    reference = Reference("llama", steering, start=len(ids_of(PROMPT)[0]) - 1)
+    reference.calibrate(ids_of(PROMPT))
+    expected, mass = plain_scores(reference.forward(ids_of(PROMPT))[0], ("A", "B"), ("", "Ġ"))
+    scores = opened(tiny_model()).score(ScoreRequest(user(PROMPT), ("A", "B"), steering)).result()
+    assert scores.probabilities == pytest.approx(expected, rel=1e-3)
+    assert scores.mass == pytest.approx(mass, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["probe", "mean_difference", "pca"])
+def test_a_negative_strength_steers_along_the_opposite_direction(method, opened):
+    engine = opened(tiny_model())
+    direction = random_direction(LAYERS, method=method, seed=1, bias=0.3)
+    opposite = replace(direction, vectors=-direction.vectors, bias=-direction.bias)
+    one = engine.generate(ask(PROMPT, steering=steer(direction, -1.5), max_new_tokens=8)).result()
+    other = engine.generate(ask(PROMPT, steering=steer(opposite, 1.5), max_new_tokens=8)).result()
+    assert one.text == other.text
+    assert one.steering.magnitude == pytest.approx([-m for m in other.steering.magnitude])
+    assert any(one.steering.magnitude)
+
+
+def test_several_values_in_one_row_are_each_calibrated_as_if_alone_and_added_up(opened):
+    model = tiny_model()
+    weights = (0.7, -0.4)
+    parts = [steer(random_direction([1], seed=1), 1.5), steer(random_direction([1], seed=2))]
+    with block_outputs(model) as before:
+        engine = opened(model)
+        with block_outputs(model) as after:
+            report = engine.generate(ask(PROMPT, steering=mix(parts, weights), max_new_tokens=1)).result().steering
+    alone = [
+        engine.generate(ask(PROMPT, steering=steer(s.direction, math.copysign(s.strength, w)), max_new_tokens=1)).result().steering.magnitude[0]
+        for s, w in zip(parts, weights, strict=True)
+    ]
+    assert [r.magnitude[0] for r in (report, *report.others)] == pytest.approx([abs(w) * m for w, m in zip(weights, alone, strict=True)])
+    moved = sum(abs(w) * m * s.direction.vectors[0] for w, m, s in zip(weights, alone, parts, strict=True))
+    assert np.allclose((after[1][-1] - before[1][-1]).numpy(), np.broadcast_to(moved, after[1][-1].shape), atol=1e-4)
+    for part, its_report in zip(parts, (report, *report.others), strict=True):
+        assert its_report.after[0] == pytest.approx(probability(part.direction, 1, after[1][-1][0, -1]), abs=1e-4)
+
+
+def test_the_order_of_several_values_does_not_matter_and_weight_zero_is_absence(opened):
+    engine = opened(tiny_model())
+    a, b, c = (steer(random_direction(layers, seed=n), 0.5) for n, layers in enumerate([(1, 2), (2, 3), (0, 4)]))
+
+    def text(steering):
+        return engine.generate(ask(PROMPT, steering=steering, max_new_tokens=8)).result().text
+
+    assert text(mix([a, b, c], [1, 2, 1])) == text(mix([c, a, b], [1, 1, 2])) != text(mix([a, b, c], [1, 1, 2]))
+    assert text(mix([a, c], [1, 0])) == text(a)
+    assert text(mix([mix([a, b], [1, 2]), c], [2, 1])) == text(mix([a, b, c], [2, 4, 1]))
+
+
+@pytest.mark.parametrize(("parts", "weights"), [([], []), ([STEERED], [1, 2])])
+def test_a_mixture_without_one_weight_for_each_value_is_refused(parts, weights):
+    with pytest.raises(InputError, match="one weight for each"):
+        mix(parts, weights)
+
+
+# Half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_eps_is_solved_in_float32_from_the_state_as_it_is(dtype, opened):
+    model = tiny_model().to(dtype)
+    direction = random_direction([2], seed=1, bias=-10)
+    with block_outputs(model) as before:
+        engine = opened(model)
+        generation = engine.generate(ask(PROMPT, steering=steer(direction), max_new_tokens=4)).result()
+    state = before[2][-4][0, -1].double().numpy()
+    w = direction.vectors[0].astype(np.float64)
+    assert before[2][-4].dtype == dtype
+    assert generation.steering.magnitude == pytest.approx(((math.log(9) + 10 - w @ state) / (w @ w),), rel=1e-5)
+    assert generation.dtype == str(dtype).removeprefix("torch.") == engine.describe()["dtype"]
+    assert (generation.batch_rows, generation.batch_width) == (1, generation.prompt_tokens)
+
+
 # No steering, no trace
 
 
@@ -247,6 +396,7 @@ def test_no_plan_and_strength_zero_leave_the_logits_bit_equal_before_and_after_a
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
+        use_cache=True,  # MPT's own default is none
         max_new_tokens=5,
         eos_token_id=258,
         pad_token_id=256,
@@ -385,10 +535,7 @@ def test_a_row_that_is_done_does_not_run_past_the_positions_that_the_model_has(o
 
 @pytest.mark.parametrize("architecture", KINDS)
 def test_each_row_has_its_own_limit_of_new_tokens(architecture, opened):
-    model = tiny_model(architecture)
-    if model.get_output_embeddings().bias is None:  # a bias against the end token, so that only the limit ends a text
-        model.get_output_embeddings().bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
-    model.get_output_embeddings().bias.data[258] = -1e4
+    model = silent_end(tiny_model(architecture))
     limits = [1, 7, 3, 12]
     results = together(opened(model), *(ask(PROMPT, max_new_tokens=limit) for limit in limits))
     assert [r.completion_tokens for r in results] == limits
@@ -422,8 +569,23 @@ def test_a_listener_that_raises_fails_only_its_own_request_and_nobody_hears_a_pi
         healthy = engine.generate(ask(PROMPT, max_new_tokens=20, on_token=pieces.append))
         broken = engine.generate(ask("Why?", max_new_tokens=20, on_token=fails))
     assert healthy.result(60).text == "".join(pieces) == "maybe so"
-    with pytest.raises(ValueError, match="promise"):
+    with pytest.raises(BatchError) as raised:
         broken.result(60)
+    assert isinstance(raised.value.__cause__, ValueError)
+    assert "promise" not in str(raised.value)
+
+
+def test_a_listener_that_raises_does_not_make_its_neighbours_run_again(opened):
+    model = reciting_model("maybe so")
+    engine = opened(model)
+
+    def run():
+        with worker_held(engine):
+            futures = [engine.generate(ask(PROMPT, max_new_tokens=20)), engine.generate(ask(PROMPT, max_new_tokens=20, on_token=lambda _: 1 / 0))]
+        assert isinstance(futures[1].exception(60), BatchError)
+        assert futures[0].result(60).batch_rows == 2
+
+    assert len(recorded_logits(model, run)) == 1 + len("maybe so") + 1  # the one that holds the worker, and one for each token with the end
 
 
 def test_a_batch_ends_with_its_last_row_even_if_the_others_would_never_stop(opened):
@@ -452,6 +614,296 @@ def test_a_letter_that_cannot_be_scored_fails_only_its_own_request(opened):
         futures[1].result(60)
 
 
+# What goes wrong in a batch
+
+
+def silent_end(model):
+    """The model with a bias against its end token, so that only limits end a text."""
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY)) if head.bias is None else head.bias
+    head.bias.data[258] = -1e4
+    return model
+
+
+@contextmanager
+def failing_forward(model, fails):
+    """The model's forward pass raises what `fails(rows, step)` gives, if anything; steps are counted over all passes."""
+    steps = count()
+
+    def look(_module, _args, given):
+        error = fails(given["input_ids"].shape[0], next(steps))
+        if error:
+            raise error
+
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_a_batch_that_crashes_in_the_middle_is_run_again_one_by_one_and_the_engine_goes_on(opened):
+    model = tiny_model()
+    engine = opened(model)
+    requests = [request_of((n, n, 6, 0.0, 0)) for n in range(4)]
+    expected = [engine.generate(request).result().text for request in requests]
+    with failing_forward(model, lambda rows, step: RuntimeError("boom") if rows > 1 and step == 4 else None):
+        assert [r.text for r in together(engine, *requests)] == expected
+    with failing_forward(model, lambda rows, step: RuntimeError("boom") if step > 2 else None):
+        crashed = [engine.generate(request) for request in requests]
+        for future in crashed:
+            assert isinstance(future.exception(60), BatchError)
+            assert str(future.exception().__cause__) == "boom"
+            assert "boom" not in str(future.exception())
+    assert engine.generate(requests[0]).result().text == expected[0]
+
+
+def test_a_crash_while_one_request_runs_leaves_those_behind_it_unharmed(opened):
+    model = tiny_model()
+    engine = opened(model)
+    expected = engine.score(ScoreRequest(user(PROMPT), ("A", "B"))).result()
+    with failing_forward(model, lambda rows, step: SystemExit(1) if step == 3 else None):
+        with worker_held(engine):
+            crashed = engine.generate(ask(PROMPT, max_new_tokens=6))
+            behind = engine.score(ScoreRequest(user(PROMPT), ("A", "B")))
+        assert behind.result(60) == expected
+    assert isinstance(crashed.exception(60), BatchError)
+
+
+@pytest.mark.parametrize("fits", [1, 2, 3])
+@pytest.mark.parametrize("when", [0, 3])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("[...] DefaultCPUAllocator: can't allocate memory")])
+def test_a_batch_for_which_memory_runs_out_is_halved_until_it_fits_and_says_so(fits, when, error, opened, caplog):
+    model = tiny_model()
+    engine = opened(model)
+    requests = [request_of((n % 4, n % 5, 7, float(n % 2), n)) for n in range(7)]
+    expected = [engine.generate(request).result() for request in requests]
+    with failing_forward(model, lambda rows, step: error if rows > fits and step > when else None):
+        results = together(engine, *requests)
+    assert [r.text for r in results] == [r.text for r in expected]
+    assert all(r.batch_rows <= fits or r.completion_tokens <= when for r in results)
+    assert max(r.halved for r in results) == {1: 3, 2: 2, 3: 2}[fits]
+    assert all(r.halved == 0 for r in expected)
+    assert "did not fit into memory" in caplog.text
+    assert PROMPTS[0] not in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["generate", "score"])
+def test_a_request_that_does_not_fit_into_memory_by_itself_fails_alone(kind, opened):
+    model = tiny_model()
+    engine = opened(model)
+    texts = ["x" * 40, "x" * 20, "x" * 30]
+
+    def queue(text):
+        return engine.generate(ask(text, max_new_tokens=2)) if kind == "generate" else engine.score(ScoreRequest(user(text), ("A", "B")))
+
+    def fails(_module, _args, given):
+        if given["input_ids"].shape[1] > 35:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = model.register_forward_pre_hook(fails, with_kwargs=True)
+    try:
+        with worker_held(engine):
+            futures = [queue(text) for text in texts]
+        with pytest.raises(EngineMemoryError, match=r"4\d tokens does not fit"):
+            futures[0].result(60)
+        assert all(future.result(60) for future in futures[1:])
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("MPS backend out of memory"), RuntimeError("boom")])
+def test_a_batch_that_fails_with_nobody_left_to_answer_is_not_run_again(error, opened):
+    model = tiny_model()
+    engine = opened(model)
+    expected = engine.generate(ask(PROMPT, max_new_tokens=3)).result().text
+    futures, passes = [], []
+
+    def fails(rows, step):
+        if rows > 1:
+            passes.append(step)
+            for future in futures:
+                future.cancel()
+            return error
+        return None
+
+    with failing_forward(model, fails):
+        with worker_held(engine):
+            futures.extend(engine.generate(ask(PROMPT, max_new_tokens=3)) for _ in range(3))
+        assert engine.generate(ask(PROMPT, max_new_tokens=3)).result(60).text == expected
+    assert len(passes) == 1
+    assert all(future.cancelled() for future in futures)
+
+
+def test_memory_that_runs_out_on_mps_is_told_by_its_words(opened):
+    model = tiny_model()
+    engine = opened(model)
+    with (
+        failing_forward(model, lambda rows, step: RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)")),
+        pytest.raises(EngineMemoryError),
+    ):
+        engine.generate(ask(PROMPT, max_new_tokens=2)).result(60)
+
+
+def test_a_text_that_becomes_another_when_its_batch_is_run_again_fails_if_it_was_streamed(opened):
+    model = reciting_model("maybe so")
+    engine = opened(model)
+    pieces = []
+
+    def fails(rows, step):
+        if rows > 1 and step == 4:
+            model.lm_head.weight.data.zero_()
+            return RuntimeError("boom")
+        return None
+
+    with failing_forward(model, fails):
+        with worker_held(engine):
+            streamed = engine.generate(ask(PROMPT, max_new_tokens=5, on_token=pieces.append))
+            whole = engine.generate(ask(PROMPT, max_new_tokens=5))
+        with pytest.raises(BatchError, match="another than the one streamed"):
+            streamed.result(60)
+        whole.result(60)
+    assert "".join(pieces) in ("may", "mayb")
+    assert whole.result(60).text == "!!!!!"
+
+
+def test_deadlines_hold_for_requests_of_a_batch_that_wait_for_a_part_of_it(opened):
+    model = silent_end(tiny_model())
+    engine = opened(model)
+    handle = model.register_forward_pre_hook(lambda *_: time.sleep(0.005))
+    try:
+        with worker_held(engine):
+            ahead = engine.generate(ask(PROMPT, max_new_tokens=CONTEXT - 100))
+            late = engine.generate(ask("x" * 200, max_new_tokens=8, timeout=0.3))  # too long to share the context with the first
+            cancelled = engine.generate(ask("x" * 200, max_new_tokens=8))
+        cancelled.cancel()
+        with pytest.raises(DeadlineError):
+            late.result(60)
+        assert not ahead.done()
+        ahead.cancel()
+    finally:
+        handle.remove()
+
+
+def test_readings_for_which_memory_runs_out_are_halved_too(opened):
+    model = tiny_model()
+    engine = opened(model)
+    expected = engine.read(TEXTS)
+    with failing_forward(model, lambda rows, step: torch.OutOfMemoryError("CUDA") if rows > 5 else None):
+        assert np.allclose(engine.read(TEXTS), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_cancelled_request_stops_taking_steps_and_its_neighbour_gets_its_own_text(opened):
+    model = silent_end(tiny_model())
+    engine = opened(model)
+    other = ask(PROMPT, max_new_tokens=12)
+    expected = engine.generate(other).result().text
+    begun, heard, futures = threading.Event(), [], []
+
+    def listen(piece):
+        heard.append(piece)
+        begun.set()
+        if len(heard) == 3:
+            futures[0].cancel()
+
+    with worker_held(engine):
+        futures.append(engine.generate(ask("Why?", max_new_tokens=400, on_token=listen)))
+        futures.append(engine.generate(other))
+    assert futures[1].result(60).text == expected
+    assert futures[0].cancelled()
+    assert len(heard) == 3
+    passes = recorded_logits(model, lambda: engine.generate(ask(PROMPT, max_new_tokens=1)).result(60))
+    assert len(passes) == 1  # the cancelled text is not being written on
+
+
+def test_a_cancelled_request_that_waits_is_never_run(opened):
+    model = tiny_model()
+    engine = opened(model)
+
+    def run():
+        with worker_held(engine):
+            waiting = engine.generate(ask("a" * 77, max_new_tokens=2))
+            assert waiting.cancel()
+        engine.generate(ask("b", max_new_tokens=2)).result(60)
+
+    assert 79 not in map(len, prompts_seen(model, run))
+
+
+def test_a_request_whose_time_is_up_while_it_runs_fails_and_its_neighbour_is_answered(opened):
+    model = silent_end(tiny_model())
+    engine = opened(model)
+    other = ask(PROMPT, max_new_tokens=10)
+    expected = engine.generate(other).result().text
+    handle = model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    try:
+        with worker_held(engine):
+            late = engine.generate(ask("Why?", max_new_tokens=400, timeout=0.1))
+            patient = engine.generate(other)
+        assert patient.result(60).text == expected
+        with pytest.raises(DeadlineError, match=r"0\.1 s"):
+            late.result(60)
+    finally:
+        handle.remove()
+
+
+def test_a_request_whose_time_is_up_while_it_waits_fails_before_the_batch_ahead_of_it_is_done(opened):
+    model = silent_end(tiny_model())
+    engine = opened(model, timeout=0.05)
+    handle = model.register_forward_pre_hook(lambda *_: time.sleep(0.01))
+    try:
+        ahead = engine.generate(ask(PROMPT, max_new_tokens=200, timeout=60))
+        late = engine.score(ScoreRequest(user(PROMPT), ("A", "B")))  # the engine's own timeout
+        with pytest.raises(DeadlineError):
+            late.result(60)
+        assert not ahead.done()
+        ahead.cancel()
+    finally:
+        handle.remove()
+
+
+def test_a_full_queue_refuses_through_the_future(opened):
+    engine = opened(tiny_model(), queue_size=2)
+    with worker_held(engine):
+        futures = [engine.generate(ask(PROMPT, max_new_tokens=2)) for _ in range(4)]
+        for future in futures[2:]:
+            with pytest.raises(EngineBusyError, match="busy"):
+                future.result(0)
+    assert all(future.result(60).text for future in futures[:2])
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (ask(PROMPT, max_new_tokens=0), "at least 1"),
+        (ask(PROMPT, temperature=-1.0), "temperature"),
+        (ask(PROMPT, temperature=math.nan), "temperature"),
+        (ask(PROMPT, seed=-1), "seed"),
+        (ask(PROMPT, seed=2**63), "seed"),
+        (ask(PROMPT, steering=steer(random_direction(LAYERS), math.nan)), "finite"),
+        (ask(PROMPT, steering=steer(random_direction(LAYERS), target=1.0)), "between 0 and 1"),
+        (ScoreRequest([{"role": "user", "content": PROMPT}], ()), "1 to 26"),
+        (GenerationRequest([{"role": "user"}]), "cannot be put into a prompt"),
+    ],
+)
+def test_a_request_that_makes_no_sense_fails_its_future_and_raises_nothing_itself(request_, reason, engines):
+    engine = engines["llama"]
+    future = engine.generate(request_) if isinstance(request_, GenerationRequest) else engine.score(request_)
+    with pytest.raises(InputError, match=reason):
+        future.result(0)
+
+
+def test_closing_from_a_callback_lets_the_running_batch_finish_steered(opened):
+    engine = opened(silent_end(tiny_model()))
+    request = ask(PROMPT, steering=STEERED, max_new_tokens=12)
+    expected = engine.generate(request).result().text
+    with worker_held(engine):
+        short = engine.generate(ask("Why?", max_new_tokens=1))
+        long = engine.generate(request)
+        short.add_done_callback(lambda _: engine.close())
+    assert long.result(60).text == expected
+    assert isinstance(engine.generate(request).exception(0), EngineClosedError)
+
+
 # Sampling and streaming
 
 
@@ -465,15 +917,16 @@ def test_sampling_repeats_with_its_seed_and_changes_with_another(engines):
 
 def test_sampling_draws_from_the_softmax_at_its_temperature(opened):
     model = tiny_model(tie_word_embeddings=False)
+    engine = opened(model)
     temperature, draws = 0.5, 400
-    with torch.no_grad():  # a model that can only say a, b or c
+    with torch.no_grad():  # a model that can only say a, b or c, whatever its blocks do
         head = model.lm_head
         head.bias = torch.nn.Parameter(torch.full((VOCABULARY,), -1e4))
         head.weight.zero_()
         wanted = byte_tokenizer()("abc")["input_ids"]
         head.bias[wanted] = torch.tensor([0.0, 1.0, 2.0])
     expected = torch.softmax(torch.tensor([0.0, 1.0, 2.0]) / temperature, 0).numpy()
-    results = together(opened(model), *(ask("Why?", max_new_tokens=1, temperature=temperature, seed=seed) for seed in range(draws)))
+    results = together(engine, *(ask("Why?", max_new_tokens=1, temperature=temperature, seed=seed) for seed in range(draws)))
     shares = np.array([sum(r.text == letter for r in results) / draws for letter in "abc"])
     assert shares.sum() == 1
     assert np.abs(shares - expected).max() < 4 * math.sqrt(0.25 / draws)
@@ -551,9 +1004,9 @@ def test_without_a_chat_template_turns_are_set_apart_by_blank_lines(opened):
     assert byte_tokenizer().decode(ids) == "Be kind.\n\nWhy?\n\n"
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_prompt_too_long_loses_its_middle_and_says_how_much(architecture, opened):
-    model = tiny_model(architecture, max_position_embeddings=128) if architecture == "llama" else tiny_model(architecture, n_positions=128)
+@pytest.mark.parametrize(("architecture", "limit"), [("llama", "max_position_embeddings"), ("gpt2", "n_positions"), ("mpt", "max_seq_len")])
+def test_a_prompt_too_long_loses_its_middle_and_says_how_much(architecture, limit, opened):
+    model = tiny_model(architecture, **{limit: 128})
     engine = opened(model)
     text = "".join(chr(ord("a") + i % 26) for i in range(300))
     results = []
@@ -656,6 +1109,28 @@ def test_a_tokenizer_with_one_spelling_of_a_letter_is_scored_on_that_one(opened)
     assert mass != pytest.approx(plain_scores(logits, ("A", "B"), ("", "Ġ"))[1], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("blank", "decoder", "also"), [("Ġ", decoders.ByteLevel(), ["ĊA", "ĠĠA"]), ("▁", decoders.Metaspace(), ["▁▁A"])], ids=["byte level", "metaspace"]
+)
+def test_every_token_that_reads_as_the_letter_is_a_spelling_of_it_and_no_other(opened, blank, decoder, also):
+    spellings, others = ["A", f"{blank}A", *also], ["B", f"{blank}B", "AB", f"{blank}AB", "Á", "a", f"{blank}", "A."]
+    vocabulary = {token: number for number, token in enumerate([*spellings, *others, "<pad>", "<eos>"])}
+    plain = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    plain.decoder = decoder
+    engine = opened(tiny_model(), PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", eos_token="<eos>"))
+    assert engine._spellings("A") == [vocabulary[token] for token in spellings]
+
+
+def test_the_logits_of_the_whole_vocabulary_come_back_where_they_are_asked_for(engines):
+    logits, _ = Reference("llama", None).forward(ids_of(PROMPT))
+    plain, full = (engines["llama"].score(ScoreRequest(user(PROMPT), ("A", "B"), full=full)).result() for full in (False, True))
+    assert plain.logits is None
+    assert full.logits == pytest.approx(logits.numpy(), abs=1e-3)
+    assert full.probabilities == pytest.approx(plain.probabilities, rel=1e-5)
+    vocabulary = byte_tokenizer().get_vocab()
+    assert full.spellings == tuple((vocabulary[letter], vocabulary[f"Ġ{letter}"]) for letter in "AB")
+
+
 def test_the_order_of_the_letters_is_the_order_of_the_probabilities(engines):
     forward = engines["llama"].score(ScoreRequest(user(PROMPT), ("A", "B", "C"))).result()
     backward = engines["llama"].score(ScoreRequest(user(PROMPT), ("C", "B", "A"))).result()
@@ -729,10 +1204,9 @@ def test_a_closed_engine_refuses_everything_and_can_be_closed_again(opened):
     engine = opened(tiny_model())
     engine.close()
     engine.close()
-    with pytest.raises(EngineClosedError):
-        engine.generate(ask(PROMPT))
-    with pytest.raises(EngineClosedError):
-        engine.score(ScoreRequest(user(PROMPT), ("A", "B")))
+    for future in (engine.generate(ask(PROMPT)), engine.score(ScoreRequest(user(PROMPT), ("A", "B")))):
+        with pytest.raises(EngineClosedError):
+            future.result(0)
     with pytest.raises(EngineClosedError):
         engine.read([PROMPT])
 
@@ -835,11 +1309,81 @@ def test_the_fingerprint_is_the_same_for_a_reload_and_different_for_other_weight
     folder = saved(model)
     loaded = HuggingFaceEngine.load(str(folder), linger=0.0)
     loaded.close()
-    assert loaded.fingerprint == fingerprint(model) == fingerprint(tiny_model())
-    assert fingerprint(tiny_model(seed=1)) != loaded.fingerprint
+    tokenizer = byte_tokenizer(chat=True)
+    assert loaded.fingerprint == fingerprint(model, tokenizer) == fingerprint(tiny_model(), tokenizer)
+    assert fingerprint(tiny_model(seed=1), tokenizer) != loaded.fingerprint
     with torch.no_grad():
         find_blocks(model)[3].mlp.up_proj.weight.add_(1e-3)
-    assert fingerprint(model) != loaded.fingerprint
+    assert fingerprint(model, tokenizer) != loaded.fingerprint
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rms_norm_eps": 1e-3},
+        {"rope_theta": 5e4},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        {"hidden_act": "gelu"},
+    ],
+)
+def test_the_fingerprint_tells_configurations_apart_that_no_weight_shows(changes):
+    tokenizer = byte_tokenizer()
+    assert fingerprint(tiny_model(**changes), tokenizer) != fingerprint(tiny_model(), tokenizer)
+
+
+def test_the_fingerprint_knows_a_configuration_neither_by_its_name_nor_by_its_version():
+    tokenizer, model = byte_tokenizer(), tiny_model()
+    plain = fingerprint(model, tokenizer)
+    model.config._name_or_path, model.config.architectures, model.config.transformers_version = "/elsewhere", ["Other"], "1.0"
+    model.config.use_cache = False
+    assert fingerprint(model, tokenizer) == plain
+
+
+@pytest.mark.parametrize("kind", ["saved", "derived"])
+def test_the_fingerprint_covers_buffers(kind):
+    tokenizer, model = byte_tokenizer(), tiny_model()
+    model.register_buffer("extra", torch.zeros(3), persistent=kind == "saved")
+    plain = fingerprint(model, tokenizer)
+    model.extra.add_(1)
+    assert fingerprint(model, tokenizer) != plain
+
+
+def test_the_fingerprint_samples_every_column_of_a_square_matrix():
+    tokenizer, model = byte_tokenizer(), tiny_model(hidden_size=256)
+    plain = fingerprint(model, tokenizer)
+    weight = find_blocks(model)[0].self_attn.q_proj.weight
+    for column in (0, 1, 100, 255):
+        before = weight.detach().clone()
+        weight.data[:, column] += 1
+        assert fingerprint(model, tokenizer) != plain
+        weight.data.copy_(before)
+    assert fingerprint(model, tokenizer) == plain
+
+
+def our_hooks(model):
+    """Those that transformers itself leaves on the blocks are not ours."""
+    return [h for block in find_blocks(model) for h in block._forward_hooks.values() if h.__module__.startswith("vispa_graph")]
+
+
+def test_a_model_whose_weights_are_not_in_memory_is_refused_without_hooks_left_behind():
+    model = tiny_model()
+    block = find_blocks(model)[3]
+    block.mlp.up_proj.weight = torch.nn.Parameter(block.mlp.up_proj.weight.to("meta"))
+    with pytest.raises(SettingsError, match="not in memory"):
+        HuggingFaceEngine(model, byte_tokenizer(), name="tiny")
+    assert not our_hooks(model)
+
+
+def test_a_fingerprint_that_fails_leaves_no_hooks_behind(monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr("vispa_graph.engine.huggingface.fingerprint", lambda *_: 1 / 0)
+    with pytest.raises(UnsteerableModelError, match="ZeroDivisionError"):
+        HuggingFaceEngine(model, byte_tokenizer(), name="tiny")
+    assert not our_hooks(model)
+    monkeypatch.undo()
+    engine = HuggingFaceEngine(model, byte_tokenizer(), name="tiny")
+    assert len(our_hooks(model)) == DEPTH
+    engine.close()
 
 
 def test_a_saved_model_answers_as_the_one_in_memory(saved, opened):
@@ -851,6 +1395,37 @@ def test_a_saved_model_answers_as_the_one_in_memory(saved, opened):
         assert loaded.generate(request).result().text == opened(tiny_model(), byte_tokenizer(chat=True)).generate(request).result().text
     finally:
         loaded.close()
+
+
+def test_precision_and_device_pass_through(saved):
+    engine = HuggingFaceEngine.load(str(saved(tiny_model())), dtype="bfloat16", device="cpu:0", linger=0.0)
+    try:
+        assert {(p.dtype, p.device.type) for p in engine._model.parameters()} == {(torch.bfloat16, "cpu")}
+        assert engine.generate(ask(PROMPT, steering=STEERED, max_new_tokens=2)).result(60).dtype == "bfloat16"
+    finally:
+        engine.close()
+
+
+def test_a_device_that_is_not_there_is_refused(saved):
+    with pytest.raises(SettingsError, match="'nowhere'"):
+        HuggingFaceEngine.load(str(saved(tiny_model())), device="nowhere")
+
+
+def test_a_device_map_passes_through_and_without_accelerate_is_refused_with_the_remedy(saved, monkeypatch):
+    folder, given = str(saved(tiny_model())), []
+    monkeypatch.setattr("vispa_graph.engine.huggingface.find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match="pip install accelerate"):
+        HuggingFaceEngine.load(folder, device_map="auto")
+    monkeypatch.setattr("vispa_graph.engine.huggingface.find_spec", lambda name: name)
+
+    def load(*_, **options):
+        given.append(options)
+        raise OSError("far enough")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(NotCausalError, match="far enough"):
+        HuggingFaceEngine.load(folder, device_map="auto", dtype="float16")
+    assert (given[0]["device_map"], given[0]["dtype"]) == ("auto", torch.float16)
 
 
 def test_loading_from_a_folder_prints_nothing(saved, capfd):
@@ -985,6 +1560,44 @@ def test_eight_threads_with_different_questions_get_what_each_gets_alone(tmp_pat
         assert max(generation.batch_rows for generation, _ in results) > 1
     finally:
         resources.close()
+
+
+@pytest.mark.slow
+def test_two_hundred_mixed_requests_from_many_threads_get_what_each_gets_alone(opened):
+    """Steered by different values, at all or generated positions, suppressed, mixed, unsteered, sampled and scored."""
+    rng = np.random.default_rng(0)
+    directions = [random_direction(layers, seed=n, bias=-1.0) for n, layers in enumerate([LAYERS, (0, 4), (2,), tuple(range(DEPTH))])]
+    plans = [None, *(steer(d) for d in directions), steer(directions[0], -1.0), mix([steer(d) for d in directions[:2]], [0.6, 0.4])]
+    plans += [replace(plan, positions="generated") for plan in plans[1:3]]
+    texts = [PROMPT, "Why?", "x" * 90, "Is it right to lie to a friend, and if so, when?", "Ärzte fragen, was zu tun ist."]
+
+    def draw():
+        text, plan = texts[rng.integers(len(texts))], plans[rng.integers(len(plans))]
+        if rng.random() < 0.3:
+            return ScoreRequest(user(text), ("A", "B", "C"), plan)
+        return ask(
+            text, steering=plan, max_new_tokens=int(rng.integers(1, 14)), temperature=float(rng.choice([0, 0, 0.8])), seed=int(rng.integers(9))
+        )
+
+    requests = [draw() for _ in range(200)]
+    engine = opened(tiny_model(), linger=0.005)
+
+    def run(request):
+        return (engine.generate(request) if isinstance(request, GenerationRequest) else engine.score(request)).result(120)
+
+    alone = [run(request) for request in requests]
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(run, requests))
+    for request, one, other in zip(requests, alone, together, strict=True):
+        if isinstance(request, ScoreRequest):
+            assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+            assert one.mass == pytest.approx(other.mass, abs=1e-5)
+        else:
+            assert (one.text, one.completion_tokens, one.finish) == (other.text, other.completion_tokens, other.finish)
+            assert (one.steering is None) == (request.steering is None)
+    rows = [result.batch_rows for result in together if isinstance(result, Generation)]
+    assert max(rows) >= 4  # they did share batches
+    assert all(result.batch_rows == 1 for result in alone if isinstance(result, Generation))
 
 
 def test_a_text_cannot_end_its_own_turn(opened):

@@ -8,9 +8,12 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+from langchain_core.language_models.fake_chat_models import FakeMessagesListChatModel
+from langchain_core.messages import AIMessage
 
 from vispa_graph import Settings
 from vispa_graph.cli import main as vispa
@@ -103,7 +106,65 @@ def test_the_agent_is_told_what_was_wrong_with_its_call_then_gets_answer_and_art
 
 
 @pytest.mark.slow
-def test_a_host_with_prompts_and_nodes_of_its_own_embeds_the_graph_as_a_node(run):
+def test_the_health_care_assistant_runs_offline_and_calls_the_tool_that_each_question_needs(run):
+    printed = run(str(ROOT / "examples" / "health_care_assistant.py"))
+    assert printed.startswith("All medicines and recommendations here are invented.")
+    fact, values, both = printed.split("\n=== ")[1:]
+    assert re.findall("calls (.+)", fact) == ["look_up"]
+    assert "above 75 years 5 mg" in fact
+    assert re.findall("calls (.+)", values) == ["plural_answer"]
+    assert "Values heard: " in values
+    assert re.findall("calls (.+)", both) == ["look_up", "plural_answer"]
+    assert "does not lengthen life" in both
+    assert re.search(r"It depends: \d+%", both)
+
+
+@pytest.fixture
+def assistant():
+    """The example as a module."""
+    spec = spec_from_file_location("health_care_assistant", ROOT / "examples" / "health_care_assistant.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_assistant_takes_any_chat_model_and_tells_it_when_a_question_is_one_of_values(assistant, fake_graph):
+    class Model(FakeMessagesListChatModel):
+        seen: list = []  # noqa: RUF012
+
+        def bind_tools(self, tools, **options):
+            self.seen.extend(tools)
+            return self
+
+        def _generate(self, messages, *given, **options):
+            self.seen.append(messages)
+            return super()._generate(messages, *given, **options)
+
+    call = AIMessage("", tool_calls=[{"name": "plural_answer", "args": {"query": "May he refuse?", "values": ["karma"]}, "id": "1"}])
+    model = Model(responses=[call, AIMessage("Ask his doctor.")])
+    messages = assistant.make_assistant(fake_graph, model).invoke({"messages": [{"role": "user", "content": "May he refuse?"}]})["messages"]
+    assert [tool.name for tool in model.seen[:2]] == ["look_up", "plural_answer"]
+    assert "Use plural_answer for value questions" in model.seen[2][0].text
+    assert "Values heard: Karma." in messages[2].text
+    assert messages[-1].text == "Ask his doctor."
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("velotrin", "lowers blood pressure"),
+        ("feeding by a tube", "feeding by hand"),
+        ("aspirin", "nothing on this"),
+        ('" OR *', "nothing on this"),
+        ("?", "at least one word"),
+    ],
+)
+def test_the_look_up_finds_invented_facts_and_bears_any_words(assistant, words, found):
+    assert found in assistant.make_look_up().invoke({"words": words})
+
+
+@pytest.mark.slow
+def test_a_host_with_packages_tracing_threads_and_a_loop_of_its_own_embeds_the_graph_as_a_node(run):
     host = ROOT / "examples" / "host_app"
     lines = run(str(host / "main.py")).splitlines()
     assert lines[:3] == [
@@ -114,6 +175,9 @@ def test_a_host_with_prompts_and_nodes_of_its_own_embeds_the_graph_as_a_node(run
     steps = [line.strip() for line in lines if line.startswith(("host: ", "  inside plural: "))]
     inner = ["retrieve", "rerank", *["steer"] * Settings().top_k, "overton"]
     assert steps == ["host: triage", *[f"inside plural: {step}" for step in inner], "host: plural", "host: reply"]
+    assert "threads and event loop give the same replies: True" in lines
+    assert "7 traces of the host, each with one run of ours and all inside it: True" in lines
+    assert "the messages are in our part of the host's traces: False" in lines
     assert lines[-1].startswith("(Values heard: ")
 
 

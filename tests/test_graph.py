@@ -169,7 +169,7 @@ def test_it_is_heard_beside_the_values_that_the_caller_names(fake_graph):
 
 
 def test_the_main_model_chooses_the_comment_for_any_other_attribute(make_resources):
-    resources = make_resources(main_llm=FakeListChatModel(responses=["2", "As a nurse I would wait."]))
+    resources = make_resources(main_llm=FakeListChatModel(responses=["2", "As a nurse I would wait."]), fit_attributes=False)
     out = create_graph(resources=resources).invoke({"query": QUERY, "attribute": "a nurse", "values": TWO})
     assert out["chosen"] == {"value": "honor", "reason": "chosen by the main language model"}
     assert out["response"] == "As a nurse I would wait."
@@ -180,7 +180,7 @@ def test_the_main_model_chooses_the_comment_for_any_other_attribute(make_resourc
 def test_a_choice_that_cannot_be_read_is_noted_not_drawn_at_random(make_resources, answer):
     chosen = []
     for _ in range(2):
-        resources = make_resources(main_llm=FakeListChatModel(responses=[answer, "As a nurse I would wait."]))
+        resources = make_resources(main_llm=FakeListChatModel(responses=[answer, "As a nurse I would wait."]), fit_attributes=False)
         out = create_graph(resources=resources).invoke({"query": QUERY, "attribute": "a nurse", "values": TWO})
         assert any("could not be read" in note for note in out["notes"])
         chosen.append(out["chosen"])
@@ -189,9 +189,10 @@ def test_a_choice_that_cannot_be_read_is_noted_not_drawn_at_random(make_resource
 
 
 def test_a_composed_steerable_answer_says_that_the_attribute_is_no_value(make_resources):
-    out = create_graph(resources=make_resources(aggregation="compose")).invoke({"query": QUERY, "attribute": "a nurse", "values": TWO})
+    resources = make_resources(aggregation="compose", fit_attributes=False)
+    out = create_graph(resources=resources).invoke({"query": QUERY, "attribute": "a nurse", "values": TWO})
     assert out["response"] == next(c["text"] for c in out["comments"] if c["value"] == out["chosen"]["value"])
-    assert any("No comment was made from the attribute itself" in note for note in out["notes"])
+    assert any("The answer was not made from the attribute itself" in note for note in out["notes"])
 
 
 @pytest.mark.parametrize(
@@ -444,9 +445,10 @@ def test_a_second_turn_on_a_thread_starts_with_a_clean_slate(fake_resources):
     second = graph.invoke({"query": "May I keep the money I found?", "values": ["fairness"]}, thread())
     assert first["notes"]
     assert ids(second["comments"]) == ["fairness"]
-    assert second["notes"] == []
+    assert second.pop("notes") == ["Read together with the earlier question of this thread."]
     assert (second["distribution"], second["chosen"]) == (None, None)
-    assert second == create_graph(resources=fake_resources).invoke({"query": "May I keep the money I found?", "values": ["fairness"]})
+    alone = create_graph(resources=fake_resources).invoke({"query": "May I keep the money I found?", "values": ["fairness"]})
+    assert {**second, "notes": []} == alone
 
 
 def test_a_turn_that_failed_leaves_nothing_to_the_next_one(fake_resources, make_resources):
@@ -477,9 +479,10 @@ def reviewed(make_resources):
 
 
 def test_a_review_shows_the_values_before_any_comment_is_made(reviewed):
-    _, engine, shown = reviewed
+    graph, engine, shown = reviewed
     assert engine.requests == []
-    assert shown["query"] == QUERY
+    assert set(shown) == {"values"}
+    assert graph.get_state(thread()).values["turns"] == [QUERY]
     assert len(shown["values"]) == 6
     assert json.loads(json.dumps(shown)) == shown
 
@@ -500,7 +503,7 @@ def test_a_review_is_resumed_with_the_values_to_hear_in_their_order(reviewed, ru
     [
         ("karma", "a list of at least one"),
         ([], "a list of at least one"),
-        ([3], "a list of at least one"),
+        ([3], "Entry 1 of the review is no value"),
         (["karma", "mercifulness"], "not in the taxonomy"),
     ],
 )
@@ -539,6 +542,11 @@ def test_a_host_graph_runs_it_as_a_node_with_its_own_state(fake_graph):
     assert out["response"] == fake_graph.invoke({"query": QUERY})["response"]
 
 
+def test_a_distribution_without_comments_has_a_way_past_the_steer_node(make_resources):
+    drawn = create_graph(resources=make_resources(distribution="direct")).get_graph()
+    assert ("rerank", "distributional") in {(edge.source, edge.target) for edge in drawn.edges}
+
+
 def test_two_graphs_can_share_resources(fake_resources):
     one, other = create_graph(resources=fake_resources), create_graph(resources=fake_resources)
     assert one.invoke({"query": QUERY}) == other.invoke({"query": QUERY})
@@ -560,6 +568,26 @@ def test_closing_a_graph_leaves_an_engine_that_was_given_to_whoever_gave_it(taxo
     assert not engine.closed
 
 
+def test_a_closed_graph_loads_no_model_again(monkeypatch, taxonomy, encoder):
+    loaded = []
+
+    def load(*_, **__):
+        loaded.append(FakeEngine())
+        return loaded[-1]
+
+    monkeypatch.setattr("vispa_graph.engine.huggingface.HuggingFaceEngine.load", load)
+    graph = create_graph(encoder=encoder, taxonomy=taxonomy)
+    assert graph.resources.engine is loaded[0]
+    graph.close()
+    assert loaded[0].closed
+    assert graph.resources.engine is loaded[0]  # which refuses whatever it is asked
+    never_used = create_graph(encoder=encoder, taxonomy=taxonomy)
+    never_used.close()
+    with pytest.raises(EngineClosedError, match="Create a new graph"):
+        never_used.invoke({"query": QUERY})
+    assert len(loaded) == 1
+
+
 def test_a_copy_with_its_own_configuration_is_the_same_graph(fake_graph):
     copy = fake_graph.with_config(tags=["mine"])
     assert type(copy) is type(fake_graph)
@@ -577,3 +605,81 @@ def test_runs_at_the_same_time_do_not_mix(fake_graph):
         return await asyncio.gather(*(fake_graph.ainvoke({"query": f"{QUERY} {n}", "values": [value]}) for n, value in enumerate(TWO * 4)))
 
     assert [ids(out["comments"]) for out in asyncio.run(run())] == [[value] for value in TWO * 4]
+
+
+# Inputs that a mode does not use
+
+
+@pytest.mark.parametrize(
+    ("given", "unused"),
+    [
+        ({"mode": "overton", "attribute": "a nurse", "population": "Ghana", "options": OPTIONS}, ["attribute", "population", "options"]),
+        ({"mode": "distributional", "options": OPTIONS, "attribute": "a nurse", "population": "Ghana"}, ["attribute"]),
+        ({"mode": "steerable", "attribute": "a nurse", "population": "Ghana"}, ["population"]),
+        ({"mode": "steerable", "attribute": "a nurse", "population": "Ghana", "options": OPTIONS}, []),
+    ],
+)
+def test_inputs_that_the_mode_does_not_use_are_named_in_the_notes(fake_graph, given, unused):
+    notes = fake_graph.invoke({"query": QUERY, "values": TWO, **given})["notes"]
+    assert [note for note in notes if "does not use" in note] == [
+        f"The {given['mode']} mode does not use the input {key!r}: it was left out." for key in unused
+    ]
+
+
+# Weights from a review
+
+
+@both_ways
+def test_a_reviewer_adds_removes_and_reweights(reviewed, run):
+    graph, _, shown = reviewed
+    kept = {**shown["values"][2], "weight": 3}
+    out = run(graph, Command(resume=[{"id": "Karma", "weight": 0.5}, kept, shown["values"][0]["name"]]), thread())
+    assert ids(out["comments"]) == ["karma", kept["id"], shown["values"][0]["id"]]
+    assert [value["weight"] for value in out["values"]] == [0.5, 3.0, 1.0]
+    assert [value["reason"] for value in out["values"]] == ["added in review", kept["reason"], shown["values"][0]["reason"]]
+
+
+@pytest.mark.parametrize(
+    ("edited", "problem"),
+    [([{"id": "karma", "weight": weight}], "weight of entry 1") for weight in (0, -1, 101, float("nan"), float("inf"), True, "2")]
+    + [
+        ([{"weight": 2}], "Entry 1 of the review is no value"),
+        ([{"id": 3}], "Entry 1 of the review is no value"),
+        (["honor", {"id": "karma", "wieght": 2}], "Entry 2 of the review has a key"),
+        ([{"id": "karma", "weight": 2}, "Karma"], "Entry 2 of the review gives a value another weight"),
+    ],
+)
+def test_weights_are_checked_like_any_input(reviewed, edited, problem):
+    graph, engine, _ = reviewed
+    [stop] = graph.invoke(Command(resume=edited), thread())["__interrupt__"]
+    assert problem in stop.value["problem"]
+    assert engine.requests == []
+
+
+def weighted(make_resources, given, edited, **options):
+    graph = create_graph(resources=make_resources(**options), checkpointer=InMemorySaver(serde=STRICT), review=True)
+    graph.invoke({"query": QUERY, "values": TWO, **given}, thread())
+    return graph.invoke(Command(resume=edited), thread())
+
+
+def test_a_distribution_is_the_mean_by_the_reviewer_s_weights(make_resources):
+    edited = [{"id": "karma", "weight": 3}, "honor"]
+    out = weighted(make_resources, {"options": ["Yes", "No"]}, edited, engine=Opinionated())
+    assert out["distribution"] == pytest.approx({"Yes": 0.7, "No": 0.3})  # (3 x .8 + 1 x .4) / 4
+
+
+def test_what_weighs_most_is_told_first(make_resources):
+    engine = FakeEngine()
+    weighted(make_resources, {}, ["karma", {"id": "honor", "weight": 2}], engine=engine)
+    prompt = engine.requests[-1].messages[0]["content"]
+    assert prompt.index("Seen from honor") < prompt.index("Seen from karma")
+
+
+def test_weights_that_a_mode_does_not_use_are_noted(make_resources):
+    edited = [{"id": "karma", "weight": 3}, "honor"]
+    assert any("does not use weights" in note for note in weighted(make_resources, {"attribute": "karma"}, edited)["notes"])
+    assert not any("weights" in note for note in weighted(make_resources, {"attribute": "karma"}, ["karma"])["notes"])
+
+
+def test_without_a_review_every_value_weighs_the_same(fake_graph):
+    assert {value["weight"] for value in fake_graph.invoke({"query": QUERY})["values"]} == {1.0}

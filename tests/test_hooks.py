@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import DEPTH, WIDTH, block_outputs, find_blocks, random_direction, steer, tiny_model
 
-from vispa_graph.engine.contract import Direction, Steering
+from vispa_graph.engine.contract import Direction, Steering, mix
 from vispa_graph.engine.hooks import BatchPlan, Hooks
 from vispa_graph.errors import NonFiniteError
 
@@ -115,6 +115,30 @@ def test_a_row_gets_the_same_whatever_its_place_among_the_others(rows, order):
     straight = BatchPlan(plans, CPU).apply(0, hidden)
     permuted = BatchPlan([plans[index] for index in order], CPU).apply(0, hidden[order])
     assert torch.equal(permuted, straight[order])
+
+
+@given(vectors, vectors, numbers, st.floats(0.05, 0.95), st.floats(0.1, 3))
+def test_suppressing_a_value_is_steering_toward_its_opposite(w, e, b, target, strength):
+    away = BatchPlan([steer(direction_of(w, bias=b), -strength, target)], CPU)
+    toward = BatchPlan([steer(direction_of([-x for x in w], bias=-b), strength, target)], CPU)
+    assert torch.allclose(away.apply(0, states_of(e)), toward.apply(0, states_of(e)))
+
+
+def test_a_suppressed_probe_ends_at_one_minus_its_target_or_stays_where_it_was_lower():
+    for state, expected in (([2.0, 0.0, 0.0], 0.1), ([-4.0, 0.0, 0.0], sigmoid(-4.0))):
+        plan = BatchPlan([steer(direction_of([1.0, 0.0, 0.0]), -1.0, 0.9)], CPU)
+        plan.apply(0, states_of(state))
+        assert plan.report(0).after[0] == pytest.approx(expected, abs=1e-5)
+
+
+@given(st.lists(st.tuples(vectors, st.floats(-2, 2, width=32)), min_size=1, max_size=4), st.permutations(range(4)))
+def test_a_row_of_several_values_gets_the_sum_of_what_each_adds_alone_in_any_order(parts, order):
+    steerings = [steer(direction_of(w, method="pca"), strength) for w, strength in parts]
+    hidden = states_of([0.1, -0.2, 0.3])
+    alone = sum(BatchPlan([s], CPU).apply(0, hidden) - hidden for s in steerings)
+    ordered = [steerings[index] for index in order if index < len(steerings)]
+    mixed = BatchPlan([mix(ordered, [1] * len(ordered))], CPU).apply(0, hidden)
+    assert torch.allclose(mixed - hidden, alone, atol=1e-5)
 
 
 def test_the_magnitude_is_read_at_the_last_position_added_at_all_and_held_while_generating():

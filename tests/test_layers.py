@@ -6,14 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import ARCHITECTURES, DEPTH, byte_tokenizer, find_blocks, tiny_config, tiny_model
+from tiny_models import ARCHITECTURES, DEPTH, REFUSED, byte_tokenizer, find_blocks, tiny_config, tiny_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from vispa_graph.engine.huggingface import HuggingFaceEngine, check_steerable
+from vispa_graph.engine.checks import check_batching, check_steerable, sharing_problem
+from vispa_graph.engine.huggingface import HuggingFaceEngine
 from vispa_graph.engine.layers import block_output, check_layers, decoder_blocks, default_layers
-from vispa_graph.errors import LayerError, NotCausalError, UnsteerableModelError
+from vispa_graph.errors import LayerError, NonFiniteError, NotCausalError, UnsteerableModelError
 
 
 def test_the_default_layers_of_a_model_of_32_are_the_papers():
@@ -27,6 +28,25 @@ def test_the_default_layers_keep_the_papers_fractions_at_any_depth(depth):
     assert 0 <= layers[0] <= layers[-1] < depth
     assert abs(layers[0] - 10 / 32 * depth) <= 0.5
     assert abs(layers[-1] - min(25 / 32 * depth, depth - 1)) <= 0.5
+
+
+@given(st.integers(1, 300), st.floats(0, 1), st.floats(0, 1))
+def test_fractions_choose_all_blocks_from_the_first_to_the_last_at_any_depth(depth, one, other):
+    layers = check_layers(sorted([one, other]), depth)
+    assert layers == tuple(range(layers[0], layers[-1] + 1))
+    assert check_layers(layers, depth) == layers
+    for layer, fraction in zip((layers[0], layers[-1]), sorted([one, other]), strict=True):
+        assert abs(layer - min(fraction * depth, depth - 1)) <= 0.5
+
+
+def test_one_fraction_is_one_block():
+    assert check_layers([0.5], 24) == (12,)
+
+
+@pytest.mark.parametrize("layers", [(0.8, 0.3), (0.1, 0.2, 0.3), (0.5, 1.5), (-0.5, 0.5), (2, 0.5)])
+def test_fractions_that_are_no_range_are_refused(layers):
+    with pytest.raises(LayerError, match="ascending from 0 to 1"):
+        check_layers(layers, DEPTH)
 
 
 def test_checked_layers_come_back_ascending_and_without_duplicates():
@@ -46,6 +66,12 @@ def test_the_blocks_are_found_in_every_architecture_and_pass_the_check(architect
     assert blocks is find_blocks(model)
     assert len(blocks) == DEPTH
     check_steerable(model, blocks)
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_a_causal_model_that_cannot_be_steered_is_refused_with_the_reason(architecture):
+    with pytest.raises(UnsteerableModelError, match=REFUSED[architecture][2]):
+        HuggingFaceEngine(tiny_model(architecture), byte_tokenizer(), name="tiny")
 
 
 def test_of_two_lists_of_the_right_length_the_one_nearer_the_root_is_taken():
@@ -96,6 +122,8 @@ def test_any_other_block_output_is_refused(output):
         ("repeats", UnsteerableModelError, "do not each run once"),
         ("rounds between blocks", UnsteerableModelError, r"added at block \d does not arrive"),
         ("looks ahead", NotCausalError, "the tokens after it"),
+        ("forgets its last", UnsteerableModelError, "last block does not change the logits"),
+        ("is not finite", NonFiniteError, "logits of _Odd are not finite"),
     ],
 )
 def test_a_model_whose_blocks_do_not_carry_the_residual_stream_is_refused_with_the_reason(kind, error, reason):
@@ -105,8 +133,23 @@ def test_a_model_whose_blocks_do_not_carry_the_residual_stream_is_refused_with_t
     assert not any(block._forward_hooks for block in model.layers)
 
 
+def test_logits_that_are_not_a_number_pass_no_comparison():
+    def steps(prompts, shared):
+        return torch.full((len(prompts), 2, 9), torch.nan)
+
+    with pytest.raises(UnsteerableModelError, match="cannot share a batch"):
+        check_batching("Odd", steps, 9)
+    assert sharing_problem(steps, 9) is not None
+
+
 def test_the_same_model_without_the_oddity_passes():
-    HuggingFaceEngine(_Odd("none"), byte_tokenizer(), name="even").close()
+    model = _Odd("none")
+    check_steerable(model, decoder_blocks(model))
+
+
+def test_a_model_that_cannot_generate_is_refused():
+    with pytest.raises(NotCausalError, match="does not generate"):
+        HuggingFaceEngine(tiny_model().model, byte_tokenizer(), name="headless")
 
 
 def test_a_tokenizer_with_neither_padding_nor_end_token_is_refused():
@@ -116,7 +159,7 @@ def test_a_tokenizer_with_neither_padding_nor_end_token_is_refused():
         HuggingFaceEngine(tiny_model(), tokenizer, name="tiny")
 
 
-class _Odd(PreTrainedModel):
+class _Odd(PreTrainedModel, GenerationMixin):
     """A stack of linear blocks with one thing wrong."""
 
     config_class = type(tiny_config())
@@ -138,7 +181,8 @@ class _Odd(PreTrainedModel):
             states.append(hidden)
             if self.kind == "rounds between blocks":
                 hidden = hidden.round(decimals=1)
-        return CausalLMOutput(logits=hidden, hidden_states=tuple(states))
+        logits = {"forgets its last": states[-2], "is not finite": hidden * torch.nan}.get(self.kind, hidden)
+        return CausalLMOutput(logits=logits, hidden_states=tuple(states))
 
 
 class _Block(nn.Module):

@@ -95,8 +95,9 @@ def test_no_user_text_opens_or_closes_a_tag_of_ours(query, comment):
 
 @given(hostile, hostile, hostile)
 def test_nor_does_an_option_or_a_population(query, comment, option):
-    prompt = option_prompt(query, [option, "No"], {"text": comment}, population=option)
+    prompt = option_prompt(query, [option, "No"], comment, population=option)
     assert tags_of(prompt) == ["passage"] * 2 + ["question"] * 2
+    assert tags_of(option_prompt(query, [option, "No"], None, population=option)) == ["question"] * 2
 
 
 @given(hostile)

@@ -38,6 +38,24 @@ def test_folders_of_values_may_be_joined_as_in_path(monkeypatch):
     assert Settings().values == (Path("my values"), Path("/ours"))
 
 
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("2,3,4", (2, 3, 4)),
+        ("10-12", (10, 11, 12)),
+        ("7", (7,)),
+        ("[3, 4]", (3, 4)),
+        ("0.3-0.8", (0.3, 0.8)),
+        ("0.5", (0.5, 0.5)),
+        ("0.0-1.0", (0.0, 1.0)),
+    ],
+)
+def test_layers_are_written_as_numbers_ranges_or_fractions(monkeypatch, text, layers):
+    monkeypatch.setenv("VISPA_LAYERS", text)
+    assert Settings().layers == Settings(layers=layers).layers == Settings(layers=text).layers == layers
+    assert [type(layer) for layer in Settings().layers] == [type(layer) for layer in layers]
+
+
 def test_an_empty_variable_counts_as_unset(monkeypatch):
     monkeypatch.setenv("VISPA_TOP_K", "")
     assert Settings().top_k == 6
@@ -55,7 +73,10 @@ def test_the_cache_is_in_the_user_s_cache_folder_unless_told_otherwise(monkeypat
     ("name", "value"),
     [
         ("top_k", 0),
-        ("strength", -1),
+        ("strength", -101),
+        ("positions", "prompt"),
+        ("queue_size", 0),
+        ("timeout", 0),
         ("strength", float("nan")),
         ("target_probability", 1.0),
         ("target_probability", 0.0),
@@ -65,6 +86,9 @@ def test_the_cache_is_in_the_user_s_cache_folder_unless_told_otherwise(monkeypat
         ("layers", ("first",)),
         ("max_new_tokens", 0),
         ("regularisation", 0),
+        ("solver", "guess"),
+        ("distribution", "votes"),
+        ("option_orders", 0),
         ("model", ""),
         ("cache", None),
     ],
@@ -81,7 +105,19 @@ def test_an_unknown_setting_is_refused_and_the_known_ones_are_listed():
         Settings(topk=3)
 
 
-@pytest.mark.parametrize(("name", "text"), [("TOP_K", "many"), ("LAYERS", "three"), ("LAYERS", "[3,"), ("VALUES", '["mine"'), ("STRENGTH", "-2")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("TOP_K", "many"),
+        ("LAYERS", "three"),
+        ("LAYERS", "[3,"),
+        ("VALUES", '["mine"'),
+        ("LAYERS", "0.9-"),
+        ("LAYERS", "3-1"),
+        ("LAYERS", "2,,3"),
+        ("STRENGTH", "-200"),
+    ],
+)
 def test_a_malformed_variable_is_refused_like_a_malformed_argument(monkeypatch, name, text):
     monkeypatch.setenv(f"VISPA_{name}", text)
     with pytest.raises(SettingsError, match=name.lower()):
@@ -90,7 +126,7 @@ def test_a_malformed_variable_is_refused_like_a_malformed_argument(monkeypatch, 
 
 def test_all_problems_are_reported_at_once():
     with pytest.raises(SettingsError, match=r"strength: .*top_k: "):
-        Settings(top_k=0, strength=-1)
+        Settings(top_k=0, strength=-101)
 
 
 def test_settings_cannot_be_changed():

@@ -1,9 +1,10 @@
-"""Directions on disk: what is saved comes back, and nothing else is ever used."""
+"""Directions on disk: what is kept comes back, and nothing else is ever used."""
 
 import hashlib
 import json
 import multiprocessing
 import shutil
+import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,283 +14,384 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from safetensors.numpy import load_file, save_file
+from tiny_models import byte_tokenizer, tiny_model
+from tokenizers import normalizers
 
 from vispa_graph.engine.contract import Direction
 from vispa_graph.engine.directions import FitSettings
-from vispa_graph.engine.store import folder_name, is_for, load_directions, manifest_key, save_directions
+from vispa_graph.engine.fake import FakeEngine
+from vispa_graph.engine.huggingface import fingerprint
+from vispa_graph.engine.pairs import digest, make_twins
+from vispa_graph.engine.store import DirectionStore, folder_name, is_for, manifest_key
 from vispa_graph.errors import StoreError
+from vispa_graph.taxonomy_index.taxonomy import Pair
 
 FIT = FitSettings("probe", (1, 3), "opposed", "raw", 0.5)
-KEY = manifest_key("model-a", "taxonomy-a", FIT)
-TENSORS, MANIFEST = "directions.safetensors", "manifest.json"
+KEY = manifest_key(FakeEngine(), FIT)
+MANIFEST = "manifest.json"
+VALUES = ("honor", "self-direction")
 
 
-def some_directions(seed=0, layers=FIT.layers, values=("honor", "self-direction")):
-    random = np.random.default_rng(seed)
+def numbers(random, *shape):
+    return random.standard_normal(shape).astype(np.float32)
 
-    def numbers(*shape):
-        return random.standard_normal(shape).astype(np.float32)
 
-    return {
-        value: Direction(value, "probe", layers, numbers(len(layers), 6), numbers(len(layers)), 0.25, numbers(len(layers)) ** 2) for value in values
-    }
+def direction(value="honor", seed=0, layers=FIT.layers, method="probe"):
+    random, size = np.random.default_rng([seed, *value.encode()]), len(layers)
+    arrays = numbers(random, size, 6), numbers(random, size), 1.0, numbers(random, size) ** 2, numbers(random, size) ** 2
+    return Direction(value, method, tuple(layers), *arrays)
+
+
+def opened(folder, key=KEY, **options):
+    return DirectionStore(folder, key, model_name="tiny", **options)
+
+
+def found(folder, value="honor", source="read", layers=FIT.layers, key=KEY):
+    """What a process that comes later finds."""
+    return opened(folder, key).load(value, source, "probe", layers)
 
 
 def same(one, other):
-    """Whether two sets of directions are equal to the bit."""
-    return list(one) == list(other) and all(
-        (a.value, a.method, a.layers, a.alpha) == (b.value, b.method, b.layers, b.alpha)
-        and all(
-            x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
-            for x, y in zip((a.vectors, a.bias, a.accuracy), (b.vectors, b.bias, b.accuracy), strict=True)
-        )
-        for a, b in zip(one.values(), other.values(), strict=True)
-    )
+    """Whether two directions are equal to the bit."""
+    if (one.value, one.method, one.layers, one.alpha) != (other.value, other.method, other.layers, other.alpha):
+        return False
+    pairs = [(getattr(one, name), getattr(other, name)) for name in ("vectors", "bias", "accuracy", "held_out")]
+    return all((x is None) == (y is None) and (x is None or (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())) for x, y in pairs)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A stored set of directions."""
+    """A store of two values."""
     place = tmp_path / "cache" / "directions"
-    save_directions(place, some_directions(), KEY, model_name="tiny")
+    store = opened(place)
+    for value in VALUES:
+        store.add(direction(value), "read")
     return place
+
+
+@pytest.fixture
+def file(folder):
+    """The file of "honor"."""
+    return next(path for path in folder.glob("*.safetensors") if opened(path.parent)._entries["honor", "read"][0].file == path)
 
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
 @st.composite
-def direction_sets(draw):
-    method = draw(st.sampled_from(["probe", "mean_difference", "pca"]))
+def made(draw):
     layers = tuple(sorted(draw(st.sets(st.integers(0, 40), min_size=1, max_size=4))))
     width = draw(st.integers(1, 5))
-    values = draw(st.lists(st.from_regex(r"[a-z0-9]+(-[a-z0-9]+){0,2}", fullmatch=True), min_size=1, max_size=4, unique=True))
 
     def array(*shape):
         return draw(arrays.arrays(np.float32, shape, elements=finite))
 
-    return FitSettings(method, layers), {
-        value: Direction(value, method, layers, array(len(layers), width), array(len(layers)), draw(st.floats(0, 10)), array(len(layers)))
-        for value in values
-    }
+    held_out = array(len(layers)) if draw(st.booleans()) else None
+    value = draw(st.from_regex(r"[a-z0-9]+(-[a-z0-9]+){0,2}|@attribute", fullmatch=True))
+    return Direction(value, "probe", layers, array(len(layers), width), array(len(layers)), 1.0, array(len(layers)), held_out)
 
 
 @settings(deadline=None, max_examples=40)
-@given(direction_sets())
-def test_loading_what_was_saved_gives_the_same_to_the_bit(tmp_path_factory, made):
-    fit, directions = made
+@given(made())
+def test_loading_what_was_kept_gives_the_same_to_the_bit(tmp_path_factory, kept):
     place = tmp_path_factory.mktemp("store") / "directions"
-    key = manifest_key("model", "taxonomy", fit)
-    save_directions(place, directions, key, model_name="tiny")
-    assert is_for(place, key)
-    assert same(load_directions(place, key), directions)
+    opened(place).add(kept, "read")
+    assert is_for(place, KEY)
+    assert same(found(place, kept.value, layers=kept.layers), kept)
     shutil.rmtree(place.parent)
 
 
-def test_the_manifest_says_in_plain_words_what_the_directions_belong_to(folder):
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    assert manifest["model_name"] == "tiny"
-    assert manifest["key"] == {
-        "format": 1,
-        "model": "model-a",
-        "taxonomy": "taxonomy-a",
-        "method": "probe",
-        "layers": [1, 3],
-        "contrast": "opposed",
-        "reading": "raw",
-        "regularisation": 0.5,
-    }
-    for value, direction in some_directions().items():
-        assert manifest["values"][value]["alpha"] == 0.25
-        assert manifest["values"][value]["accuracy"] == pytest.approx(direction.accuracy, abs=1e-4)
+def test_several_values_in_one_file_come_back_each(tmp_path):
+    opened(tmp_path).add_all([(direction(value), value) for value in VALUES])
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    assert all(same(found(tmp_path, value, value), direction(value)) for value in VALUES)
+
+
+def test_vectors_are_views_of_the_mapped_file(tmp_path):
+    opened(tmp_path).add(direction(layers=range(20)), "read")
+    for layers in (range(20), range(5, 12)):
+        loaded = found(tmp_path, layers=tuple(layers))
+        assert not loaded.vectors.flags.owndata
+        assert np.array_equal(loaded.vectors, direction(layers=range(20)).vectors[list(layers)])
+
+
+def test_blocks_come_from_as_many_files_as_hold_them_in_ascending_order(tmp_path):
+    store = opened(tmp_path)
+    store.add(direction(layers=(1, 5), seed=1), "read")
+    store.add(direction(layers=(3,), seed=2), "read")
+    assert store.layers("honor", "read") == {1, 3, 5}
+    loaded = found(tmp_path, layers=(1, 3, 5))
+    expected = np.stack(
+        [direction(layers=(1, 5), seed=1).vectors[0], direction(layers=(3,), seed=2).vectors[0], direction(layers=(1, 5), seed=1).vectors[1]]
+    )
+    assert np.array_equal(loaded.vectors, expected)
+    assert loaded.layers == (1, 3, 5)
+
+
+def test_a_value_read_from_other_sentences_is_another(folder):
+    assert opened(folder).layers("honor", "read") == {1, 3}
+    assert opened(folder).layers("honor", "read otherwise") == frozenset()
+
+
+def test_shipped_directions_are_found_beside_those_of_the_cache_but_only_where_the_key_is_theirs(folder, tmp_path):
+    store = opened(tmp_path / "own", shipped=folder)
+    store.add(direction("karma"), "read")
+    assert same(store.load("honor", "read", "probe", FIT.layers), direction("honor"))
+    assert same(store.load("karma", "read", "probe", FIT.layers), direction("karma"))
+    assert len(list(folder.glob("*.safetensors"))) == len(VALUES)
+    assert opened(tmp_path / "other", OTHERS["method"], shipped=folder).layers("honor", "read") == frozenset()
+
+
+# What directions belong to
+
+
+def key_of(engine=None, revision=None, dictionary=None, **changes):
+    return manifest_key(engine or FakeEngine(), replace(FIT, **changes), revision=revision, dictionary=dictionary)
+
+
+class AnotherModel(FakeEngine):
+    fingerprint = "another"
 
 
 OTHERS = {
-    "model": manifest_key("model-b", "taxonomy-a", FIT),
-    "taxonomy": manifest_key("model-a", "taxonomy-b", FIT),
-    "method": manifest_key("model-a", "taxonomy-a", replace(FIT, method="pca")),
-    "layers": manifest_key("model-a", "taxonomy-a", replace(FIT, layers=(1, 2))),
-    "contrast": manifest_key("model-a", "taxonomy-a", replace(FIT, contrast="opposed+others")),
-    "reading": manifest_key("model-a", "taxonomy-a", replace(FIT, reading="chat")),
-    "regularisation": manifest_key("model-a", "taxonomy-a", replace(FIT, regularisation=1.0)),
-    "format": {**KEY, "format": 0},
+    "model": key_of(AnotherModel()),
+    "revision": key_of(revision="v2"),
+    "method": key_of(method="pca"),
+    "contrast": key_of(contrast="opposed+others"),
+    "reading": key_of(reading="chat"),
+    "regularisation": key_of(regularisation=1.0),
+    "solver": key_of(solver="saga"),
+    "dictionary": key_of(dictionary="d"),
+    "format": {**KEY, "format": 1},
 }
+
+
+def test_the_manifest_says_in_plain_words_what_the_directions_belong_to(folder):
+    assert json.loads((folder / MANIFEST).read_text(encoding="utf-8")) == {
+        "model_name": "tiny",
+        "key": {
+            "format": 2,
+            "model": "fake",
+            "revision": None,
+            "method": "probe",
+            "contrast": "opposed",
+            "reading": "raw",
+            "regularisation": 0.5,
+            "solver": "exact",
+            "dictionary": None,
+        },
+    }
 
 
 @pytest.mark.parametrize("what", OTHERS)
 def test_directions_of_something_else_are_refused_by_what_differs(what, folder):
     assert not is_for(folder, OTHERS[what])
-    with pytest.raises(StoreError, match=rf"something else: {what} differ\. Remove the folder"):
-        load_directions(folder, OTHERS[what])
+    with pytest.raises(StoreError, match=rf"something else: {what} differ\. Remove"):
+        opened(folder, OTHERS[what])
 
 
 def test_each_key_has_a_folder_of_its_own_and_always_the_same():
     assert len({folder_name(key) for key in (KEY, *OTHERS.values())}) == len(OTHERS) + 1
-    assert folder_name(KEY) == folder_name(manifest_key("model-a", "taxonomy-a", FIT)) == folder_name(dict(reversed(KEY.items())))
+    assert folder_name(KEY) == folder_name(dict(reversed(KEY.items())))
 
 
-def change_manifest(**changes):
-    def change(folder):
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        (folder / MANIFEST).write_text(json.dumps({**manifest, **changes}), encoding="utf-8")
-
-    return change
-
-
-def drop_from_manifest(name):
-    def change(folder):
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        del manifest[name]
-        (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-
-    return change
-
-
-def overwrite(name, content):
-    return lambda folder: (folder / name).write_bytes(content)
-
-
-def truncate(name, keep=0.6):
-    def change(folder):
-        content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[: int(len(content) * keep)])
-
-    return change
+def test_the_model_of_a_key_is_its_weights_its_dtype_its_tokenizer_and_its_chat_template():
+    plain = fingerprint(tiny_model(), byte_tokenizer())
+    half = tiny_model().bfloat16()
+    reworded = byte_tokenizer(chat=True)
+    reworded.chat_template = reworded.chat_template.replace("[assistant]", "[answer]")
+    others = [
+        fingerprint(tiny_model(seed=1), byte_tokenizer()),
+        fingerprint(half, byte_tokenizer()),
+        fingerprint(half.float(), byte_tokenizer()),
+        fingerprint(tiny_model(), byte_tokenizer(spaced_letters=False)),
+        fingerprint(tiny_model(), byte_tokenizer(chat=True)),
+        fingerprint(tiny_model(), reworded),
+    ]
+    assert len({plain, *others}) == 7
+    lowering = byte_tokenizer()
+    lowering.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert fingerprint(tiny_model(), lowering) != plain
+    used = byte_tokenizer()
+    used("a text that is cut", truncation=True, max_length=3)
+    assert fingerprint(tiny_model(), used) == plain
 
 
-def flip_a_bit(folder):
-    content = bytearray((folder / TENSORS).read_bytes())
+def test_what_is_read_decides_the_source_sentences_prompt_and_other_values(monkeypatch):
+    pairs = [Pair(f"I do {n}.", f"I leave {n}.") for n in range(8)]
+    one, other = make_twins(pairs, "chat"), make_twins([Pair("She does it.", "She leaves it.")], "chat")
+    sources = {
+        digest(one, []),
+        digest(one, [other]),
+        digest(make_twins(pairs, "raw"), []),
+        digest(make_twins([*pairs[:-1], Pair("I do it.", "I leave it.")], "chat"), []),
+    }
+    monkeypatch.setattr("vispa_graph.engine.pairs.load_prompt", lambda name: type("Prompt", (), {"render": lambda self, text: f"On {text}:"})())
+    assert len({*sources, digest(make_twins(pairs, "chat"), [])}) == 5
+
+
+# Damage
+
+
+def overwrite(content):
+    return lambda path: path.write_bytes(content)
+
+
+def truncate(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * 0.6)])
+
+
+def flip_the_last_bit(path):
+    content = bytearray(path.read_bytes())
     content[-3] ^= 1
-    (folder / TENSORS).write_bytes(bytes(content))
+    path.write_bytes(bytes(content))
 
 
+def rewrite(**changes):
+    """Change tensors or metadata, and give the file the name of its new content: only the content itself is wrong."""
+
+    def change(path):
+        tensors = {**load_file(path), **{f"0.{name}": array for name, array in changes.items() if name != "entries"}}
+        entries = changes.get("entries", json.dumps([{"value": "honor", "source": "read", "layers": [1, 3]}]))
+        path.unlink()
+        save_file({name: array for name, array in tensors.items() if array is not None}, path, {"directions": entries} if entries else None)
+        path.rename(path.with_stem(hashlib.sha256(path.read_bytes()).hexdigest()[:32]))
+
+    return change
+
+
+nan, inf = np.float32(np.nan), np.float32(np.inf)
 DAMAGE = {
-    "no folder": shutil.rmtree,
-    "no manifest": lambda folder: (folder / MANIFEST).unlink(),
-    "no tensors": lambda folder: (folder / TENSORS).unlink(),
-    "manifest cut short": truncate(MANIFEST),
-    "manifest empty": overwrite(MANIFEST, b""),
-    "manifest not text": overwrite(MANIFEST, b"\xff\xfe\x00"),
-    "manifest a list": overwrite(MANIFEST, b"[1, 2]"),
-    "manifest null": overwrite(MANIFEST, b"null"),
-    "manifest without a key": drop_from_manifest("key"),
-    "manifest without a checksum": drop_from_manifest("sha256"),
-    "manifest without values": drop_from_manifest("values"),
-    "key that is no mapping": change_manifest(key=[1]),
-    "values that are no mapping": change_manifest(values=["honor"]),
-    "value without a magnitude": change_manifest(values={"honor": {}, "self-direction": {}}),
-    "value without tensors": change_manifest(values={"honor": {"alpha": 1.0}, "self-direction": {"alpha": 1.0}, "face": {"alpha": 1.0}}),
-    "value left out": change_manifest(values={"honor": {"alpha": 1.0}}),
-    "magnitude that is not a number": change_manifest(values={"honor": {"alpha": None}, "self-direction": {"alpha": 1.0}}),
-    "magnitude that is not finite": change_manifest(values={"honor": {"alpha": float("nan")}, "self-direction": {"alpha": 1.0}}),
-    "tensors cut short": truncate(TENSORS),
-    "tensors empty": overwrite(TENSORS, b""),
-    "tensors something else": overwrite(TENSORS, b"not tensors at all"),
-    "one bit flipped": flip_a_bit,
+    "cut short": truncate,
+    "empty": overwrite(b""),
+    "something else": overwrite(b"not tensors at all"),
+    "one bit flipped": flip_the_last_bit,
+    "no metadata": rewrite(entries=None),
+    "metadata that is not JSON": rewrite(entries="{"),
+    "metadata that is no list": rewrite(entries="3"),
+    "an entry without layers": rewrite(entries='[{"value": "honor", "source": "read"}]'),
+    "a NaN in the vectors": rewrite(vectors=np.full((2, 6), nan)),
+    "an infinite bias": rewrite(bias=np.full(2, inf)),
+    "a NaN in the accuracy": rewrite(accuracy=np.full(2, nan)),
+    "a NaN in the held-out accuracy": rewrite(held_out=np.full(2, nan)),
+    "vectors of fewer layers": rewrite(vectors=np.ones((1, 6), np.float32)),
+    "a bias of more layers": rewrite(bias=np.ones(3, np.float32)),
+    "a bias for every number": rewrite(bias=np.ones((2, 6), np.float32)),
+    "no vectors": rewrite(vectors=None),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_folder_is_refused_with_its_place_and_the_remedy(damage, folder):
-    DAMAGE[damage](folder)
-    with pytest.raises(StoreError, match="Remove the folder") as refused:
-        load_directions(folder, KEY)
+def test_a_damaged_file_is_refused_with_its_place_and_the_remedy(damage, folder, file):
+    DAMAGE[damage](file)
+    with pytest.raises(StoreError, match="Remove") as refused:
+        found(folder)
     assert str(folder) in str(refused.value)
 
 
-def test_tensors_that_are_no_safetensors_are_refused_even_with_the_right_checksum(folder):
-    overwrite(TENSORS, b"not tensors at all")(folder)
-    change_manifest(sha256=hashlib.sha256(b"not tensors at all").hexdigest())(folder)
-    with pytest.raises(StoreError, match="cannot be read"):
-        load_directions(folder, KEY)
+def test_a_file_that_was_taken_away_is_as_if_it_had_never_been(folder, file):
+    file.unlink()
+    assert opened(folder).layers("honor", "read") == frozenset()
+    assert same(found(folder, "self-direction"), direction("self-direction"))
 
 
-@pytest.mark.parametrize("part", ["vectors", "bias", "accuracy"])
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_numbers_that_are_not_finite_are_never_used(part, bad, tmp_path):
-    directions = some_directions()
-    getattr(directions["self-direction"], part)[..., -1] = bad
-    save_directions(tmp_path / "directions", directions, KEY, model_name="tiny")
-    with pytest.raises(StoreError, match="not finite"):
-        load_directions(tmp_path / "directions", KEY)
+def test_a_file_that_is_damaged_while_it_is_open_is_refused_when_first_used(folder, file):
+    store = opened(folder)
+    flip_the_last_bit(file)
+    with pytest.raises(StoreError, match="not what was written"):
+        store.load("honor", "read", "probe", FIT.layers)
 
 
-@pytest.mark.parametrize("part", ["vectors", "bias", "accuracy"])
-def test_arrays_of_other_shapes_than_the_layers_ask_for_are_refused(part, tmp_path):
-    directions = some_directions()
-    honor = directions["honor"]
-    directions["honor"] = replace(honor, **{part: getattr(honor, part)[:1]})
-    save_directions(tmp_path / "directions", directions, KEY, model_name="tiny")
-    with pytest.raises(StoreError, match="Remove the folder"):
-        load_directions(tmp_path / "directions", KEY)
+MANIFESTS = {
+    "missing": lambda path: path.unlink(),
+    "cut short": truncate,
+    "empty": overwrite(b""),
+    "not text": overwrite(b"\xff\xfe\x00"),
+    "a list": overwrite(b"[1]"),
+    "null": overwrite(b"null"),
+    "without a key": overwrite(b"{}"),
+    "with a key that is no mapping": overwrite(b'{"key": [1]}'),
+}
 
 
-@pytest.mark.parametrize("damage", ["no folder", "no manifest", "manifest cut short", "manifest not text", "manifest a list"])
-def test_a_folder_whose_manifest_cannot_be_read_belongs_to_nothing(damage, folder):
+@pytest.mark.parametrize("damage", MANIFESTS)
+def test_a_store_whose_manifest_cannot_be_read_is_refused_and_belongs_to_nothing(damage, folder):
     assert is_for(folder, KEY)
-    DAMAGE[damage](folder)
+    MANIFESTS[damage](folder / MANIFEST)
     assert not is_for(folder, KEY)
+    with pytest.raises(StoreError, match="cannot be read"):
+        opened(folder)
 
 
-# Saving
+@pytest.mark.parametrize("part", ["vectors", "bias", "accuracy", "held_out"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_never_kept(part, bad, tmp_path):
+    broken = direction()
+    getattr(broken, part)[..., -1] = bad
+    with pytest.raises(StoreError, match="not finite"):
+        opened(tmp_path / "directions").add(broken, "read")
+    assert not (tmp_path / "directions").exists()
 
 
-def test_a_save_that_fails_leaves_nothing_behind(tmp_path):
-    directions = some_directions()
-    broken = {**directions, "face": replace(directions["honor"], accuracy=None)}
-    with pytest.raises((AttributeError, TypeError, ValueError)):
-        save_directions(tmp_path / "cache" / "directions", broken, KEY, model_name="tiny")
-    assert list((tmp_path / "cache").iterdir() if (tmp_path / "cache").exists() else []) == []
+# Writing
 
 
-def test_a_save_that_fails_at_the_manifest_leaves_nothing_behind(tmp_path):
-    with pytest.raises(TypeError):
-        save_directions(tmp_path / "cache" / "directions", some_directions(), {**KEY, "extra": object()}, model_name="tiny")
-    assert list((tmp_path / "cache").iterdir()) == []
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    store = opened(tmp_path)
+    store.add(direction(), "read")
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        store.add(direction("karma"), "read")
+    assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_save_where_a_file_stands_in_the_way_fails_and_leaves_it_alone(tmp_path):
-    place = tmp_path / "directions"
-    place.write_text("a file")
-    with pytest.raises(OSError, match="directions"):
-        save_directions(place, some_directions(), KEY, model_name="tiny")
-    assert place.read_text() == "a file"
-    assert list(tmp_path.iterdir()) == [place]
+def test_files_can_be_read_by_whoever_may_read_what_the_process_writes(folder, tmp_path):
+    (tmp_path / "plain").write_text("")
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {stat.S_IMODE((tmp_path / "plain").stat().st_mode)}
 
 
-def test_saving_over_a_folder_that_is_there_keeps_the_first(folder):
-    save_directions(folder, some_directions(seed=1), KEY, model_name="tiny")
-    assert same(load_directions(folder, KEY), some_directions())
-    assert list(folder.parent.iterdir()) == [folder]
+def test_keeping_the_same_twice_changes_nothing(folder):
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    opened(folder).add(direction(), "read")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_threads_that_save_at_once_leave_one_whole_folder(tmp_path):
+def test_of_two_fits_of_the_same_every_reader_takes_the_same(tmp_path):
+    for seed in (1, 2):
+        opened(tmp_path).add(direction(seed=seed), "read")
+    assert same(found(tmp_path), found(tmp_path))
+    assert any(same(found(tmp_path), direction(seed=seed)) for seed in (1, 2))
+
+
+def test_threads_that_write_at_once_leave_all_that_they_wrote(tmp_path):
     place = tmp_path / "cache" / "directions"
     barrier = threading.Barrier(8)
 
-    def save(seed):
+    def write(number):
         barrier.wait()
-        save_directions(place, some_directions(seed), KEY, model_name="tiny")
+        opened(place).add(direction(f"value{number}"), "read")
 
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(save, range(8)))
-    assert list(place.parent.iterdir()) == [place]
-    stored = load_directions(place, KEY)
-    assert any(same(stored, some_directions(seed)) for seed in range(8))
+        list(pool.map(write, range(8)))
+    assert all(same(found(place, f"value{number}"), direction(f"value{number}")) for number in range(8))
 
 
-def save_when_told(place, seed, ready, go):
-    directions = some_directions(seed)
+def write_when_told(place, number, ready, go):
+    store = opened(place)
     ready.release()
     go.wait(60)
-    save_directions(place, directions, KEY, model_name="tiny")
+    for value in ("shared", f"value{number}"):
+        store.add(direction(value), "read")
 
 
-def test_processes_that_save_at_once_leave_one_whole_folder(tmp_path):
+def test_processes_that_write_at_once_leave_all_that_they_wrote(tmp_path):
     place = tmp_path / "cache" / "directions"
     context = multiprocessing.get_context("spawn")
     ready, go = context.Semaphore(0), context.Event()
-    processes = [context.Process(target=save_when_told, args=(place, seed, ready, go)) for seed in range(2)]
+    processes = [context.Process(target=write_when_told, args=(place, number, ready, go)) for number in range(2)]
     for process in processes:
         process.start()
     for _ in processes:
@@ -298,24 +400,24 @@ def test_processes_that_save_at_once_leave_one_whole_folder(tmp_path):
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
-    assert list(place.parent.iterdir()) == [place]
-    stored = load_directions(place, KEY)
-    assert any(same(stored, some_directions(seed)) for seed in range(2))
+    assert all(same(found(place, value), direction(value)) for value in ("shared", "value0", "value1"))
+    assert len(list(place.iterdir())) == 4
 
 
-def test_whoever_reads_while_others_save_sees_all_or_nothing(tmp_path):
-    place = tmp_path / "directions"
+def test_whoever_reads_while_others_write_sees_whole_values_or_none(tmp_path):
     done, seen = threading.Event(), []
 
     def read():
         while not done.is_set():
-            if place.exists():
-                seen.append(same(load_directions(place, KEY), some_directions()))
+            store = opened(tmp_path)
+            seen.extend(same(store.load(value, "read", "probe", FIT.layers), direction(value)) for value, source in store.sources)
 
     reader = threading.Thread(target=read)
     reader.start()
     try:
-        save_directions(place, some_directions(), KEY, model_name="tiny")
+        store = opened(tmp_path)
+        for number in range(20):
+            store.add(direction(f"value{number}"), "read")
         while not seen and reader.is_alive():
             pass
     finally:

@@ -10,6 +10,8 @@ from langchain.agents import create_agent
 from langchain_core.language_models.fake_chat_models import FakeMessagesListChatModel
 from langchain_core.messages import AIMessage, ToolMessage
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import END, START, MessagesState, StateGraph
+from langgraph.prebuilt import ToolNode, tools_condition
 from langgraph.types import Command
 
 from vispa_graph import as_tool, create_graph
@@ -42,12 +44,27 @@ def answer_of(state):
     return message
 
 
+def plain_agent_that_calls(tool, arguments, **options):
+    """The same as a graph of one's own: a model node, a ToolNode, and the loop between them."""
+    call = AIMessage("", tool_calls=[{"name": tool.name, "args": arguments, "id": "call-1"}])
+    model = Scripted(responses=[call, AIMessage("Here is what people would say.")])
+    builder = StateGraph(MessagesState)
+    builder.add_node("model", lambda state: {"messages": [model.invoke(state["messages"])]})
+    builder.add_node("tools", ToolNode([tool]))
+    builder.add_edge(START, "model")
+    builder.add_conditional_edges("model", tools_condition, ["tools", END])
+    builder.add_edge("tools", "model")
+    return builder.compile(**options)
+
+
+every_agent = pytest.mark.parametrize("agent_with", [agent_that_calls, plain_agent_that_calls], ids=["create_agent", "plain graph"])
 ASK = {"messages": [{"role": "user", "content": QUERY}]}
 
 
 @both_ways
-def test_an_agent_gets_the_answer_as_text_and_the_whole_output_as_artifact(fake_graph, run):
-    state = run(agent_that_calls(as_tool(fake_graph), {"query": QUERY, "values": ["karma", "honor"]}), ASK)
+@every_agent
+def test_an_agent_gets_the_answer_as_text_and_the_whole_output_as_artifact(fake_graph, run, agent_with):
+    state = run(agent_with(as_tool(fake_graph), {"query": QUERY, "values": ["karma", "honor"]}), ASK)
     message = answer_of(state)
     assert message.status == "success"
     assert message.artifact == fake_graph.invoke({"query": QUERY, "values": ["karma", "honor"]})
@@ -69,10 +86,11 @@ def test_every_argument_reaches_the_graph(fake_graph, run):
 def test_notes_are_part_of_what_the_agent_reads(make_resources):
     graph = create_graph(resources=make_resources(aggregation="compose"))
     message = answer_of(agent_that_calls(as_tool(graph), {"query": QUERY, "attribute": "a nurse"}).invoke(ASK))
-    assert "\nNote: No comment was made from the attribute itself" in message.content
+    assert "\nNote: The answer was not made from the attribute itself" in message.content
 
 
 @both_ways
+@every_agent
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
@@ -88,8 +106,8 @@ def test_notes_are_part_of_what_the_agent_reads(make_resources):
         ({"query": QUERY, "values": [PRIVATE]}, "not in the taxonomy of 31 values"),
     ],
 )
-def test_bad_arguments_come_back_as_a_message_the_agent_can_read_and_never_repeat_them(fake_graph, run, arguments, problem):
-    state = run(agent_that_calls(as_tool(fake_graph), arguments), ASK)
+def test_bad_arguments_come_back_as_a_message_the_agent_can_read_and_never_repeat_them(fake_graph, run, agent_with, arguments, problem):
+    state = run(agent_with(as_tool(fake_graph), arguments), ASK)
     message = answer_of(state)
     assert message.status == "error"
     assert problem in message.content
@@ -130,11 +148,51 @@ def test_what_runs_inside_the_tool_is_part_of_the_caller_s_run(fake_graph):
 
 
 @both_ways
-def test_a_review_inside_the_tool_stops_the_agent_and_is_resumed_through_it(fake_resources, run):
+@every_agent
+def test_a_review_inside_the_tool_stops_the_agent_and_is_resumed_through_it(fake_resources, run, agent_with):
     graph = create_graph(resources=fake_resources, review=True)
-    agent = agent_that_calls(as_tool(graph), {"query": QUERY}, checkpointer=InMemorySaver())
+    agent = agent_with(as_tool(graph), {"query": QUERY}, checkpointer=InMemorySaver())
     thread = {"configurable": {"thread_id": "one"}}
     [stop] = run(agent, ASK, thread)["__interrupt__"]
     assert len(stop.value["values"]) == 6
     state = run(agent, Command(resume=["karma"]), thread)
     assert [comment["value"] for comment in answer_of(state).artifact["comments"]] == ["karma"]
+
+
+# What a host sees while the tool runs
+
+
+def parts_of(agent, asynchronously, subgraphs):
+    options = {"stream_mode": ["messages", "custom"], "subgraphs": subgraphs}
+    if not asynchronously:
+        return list(agent.stream(ASK, **options))
+
+    async def collect():
+        return [part async for part in agent.astream(ASK, **options)]
+
+    return asyncio.run(collect())
+
+
+@every_agent
+@pytest.mark.parametrize("asynchronously", [False, True], ids=["sync", "async"])
+def test_tokens_and_progress_reach_a_host_that_asks_for_subgraphs(fake_graph, agent_with, asynchronously):
+    agent = agent_with(as_tool(fake_graph), {"query": QUERY, "values": ["karma", "honor"]})
+    out, said, progress = fake_graph.invoke({"query": QUERY, "values": ["karma", "honor"]}), {}, []
+    for _, kind, part in parts_of(agent, asynchronously, subgraphs=True):
+        if kind == "custom":
+            progress.append(part)
+        elif part[1]["langgraph_node"] in ("steer", "overton"):
+            whose = part[1].get("value", "overton")
+            said.setdefault(whose, []).append(part[0].text)
+    assert {whose: "".join(pieces) for whose, pieces in said.items()} == {c["value"]: c["text"] for c in out["comments"]} | {
+        "overton": out["response"]
+    }
+    assert all(len(pieces) > 3 for pieces in said.values())
+    assert sorted(event["value"] for event in progress) == ["honor", "karma"]
+
+
+@every_agent
+def test_nothing_from_inside_reaches_a_host_that_does_not_ask_for_it(fake_graph, agent_with):
+    agent = agent_with(as_tool(fake_graph), {"query": QUERY, "values": ["karma"]})
+    nodes = {part[1]["langgraph_node"] for kind, part in parts_of(agent, False, subgraphs=False) if kind == "messages"}
+    assert nodes <= {"model", "tools"}

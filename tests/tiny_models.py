@@ -11,7 +11,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from vispa_graph.engine.contract import Direction, GenerationRequest, Method, Steering
+from vispa_graph.engine.contract import Direction, GenerationRequest, Method, Positions, Steering
 from vispa_graph.engine.huggingface import HuggingFaceEngine
 
 torch.set_num_threads(1)
@@ -34,25 +34,76 @@ _LLAMA = {
 }
 _HEADS = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 4, "max_position_embeddings": CONTEXT}
 
-# Architecture: configuration class and what it takes. BLOOM and GPT-NeoX blocks return tuples.
+_MOE = {**_LLAMA, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+_LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4}
+_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+_MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_expand": 2}
+_GPT = {"n_embd": WIDTH, "n_layer": DEPTH, "n_head": 4, "n_positions": CONTEXT}
+
+# Architecture: configuration class and what it takes. Where the name is not enough, an empty line sets kinds apart: dense decoders
+# of the Llama kind, mixtures of experts, older ones (some of whose blocks return tuples), hybrids with recurrent blocks.
 ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "llama": ("LlamaConfig", _LLAMA),
     "mistral": ("MistralConfig", {**_LLAMA, "sliding_window": 16}),
     "qwen2": ("Qwen2Config", _LLAMA),
     "qwen3": ("Qwen3Config", {**_LLAMA, "head_dim": 8}),
+    "gemma": ("GemmaConfig", {**_LLAMA, "head_dim": 8}),
     "gemma2": ("Gemma2Config", {**_LLAMA, "head_dim": 8, "sliding_window": 16}),
     "gemma3": ("Gemma3TextConfig", {**_LLAMA, "head_dim": 8, "sliding_window": 16}),
+    "phi": ("PhiConfig", _LLAMA),
     "phi3": ("Phi3Config", _LLAMA),
-    "gpt2": ("GPT2Config", {"n_embd": WIDTH, "n_layer": DEPTH, "n_head": 4, "n_positions": CONTEXT}),
+    "olmo2": ("Olmo2Config", _LLAMA),
+    "granite": ("GraniteConfig", _LLAMA),
+    "smollm3": ("SmolLM3Config", _LLAMA),
+    "cohere": ("CohereConfig", _LLAMA),
+    "cohere2": ("Cohere2Config", {**_LLAMA, "sliding_window": 16}),
+    "glm": ("GlmConfig", {**_LLAMA, "head_dim": 8}),
+    "glm4": ("Glm4Config", {**_LLAMA, "head_dim": 8}),
+    "stablelm": ("StableLmConfig", _LLAMA),
+    "starcoder2": ("Starcoder2Config", _LLAMA),
+    "nemotron": ("NemotronConfig", _LLAMA),
+    "exaone4": ("Exaone4Config", {**_LLAMA, "sliding_window": 16}),
+    #
+    "mixtral": ("MixtralConfig", {**_LLAMA, "num_local_experts": 4}),
+    "qwen2_moe": ("Qwen2MoeConfig", {**_MOE, "num_experts": 4, "shared_expert_intermediate_size": 24}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_MOE, "num_experts": 4, "head_dim": 8}),
+    "olmoe": ("OlmoeConfig", {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2}),
+    "granitemoe": ("GraniteMoeConfig", {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": ("GptOssConfig", {**_LLAMA, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}),
+    "deepseek_v3": ("DeepseekV3Config", {**_MOE, **_LATENT, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}),
+    "llama4": ("Llama4TextConfig", {**_LLAMA, "head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 48}),
+    #
+    "gpt2": ("GPT2Config", _GPT),
+    "gptj": ("GPTJConfig", {**_GPT, "rotary_dim": 8}),
     "gpt_neox": ("GPTNeoXConfig", {**_HEADS, "intermediate_size": 48}),
     "bloom": ("BloomConfig", {"hidden_size": WIDTH, "n_layer": DEPTH, "n_head": 4}),
     "opt": ("OPTConfig", {**_HEADS, "ffn_dim": 48, "word_embed_proj_dim": WIDTH}),
+    "mpt": ("MptConfig", {"d_model": WIDTH, "n_layers": DEPTH, "n_heads": 4, "max_seq_len": CONTEXT}),
+    "falcon": ("FalconConfig", _HEADS),
+    "xglm": ("XGLMConfig", {"d_model": WIDTH, "num_layers": DEPTH, "attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": CONTEXT}),
+    #
+    "lfm2": ("Lfm2Config", _LLAMA),
+    "jamba": (
+        "JambaConfig",
+        {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "mamba_d_state": 8, "attn_layer_period": 2, "attn_layer_offset": 1},
+    ),
+    "qwen3_next": ("Qwen3NextConfig", {**_MOE, **_LINEAR, "num_experts": 4, "head_dim": 8, "shared_expert_intermediate_size": 24}),
+    "falcon_h1": ("FalconH1Config", {**_LLAMA, **_MAMBA, "mamba_d_ssm": 64}),
+}
+# Their rows cannot share one reading of a prompt: what their recurrent blocks remember cannot be copied to several rows.
+UNSHARED = {"jamba", "qwen3_next", "falcon_h1"}
+# Causal language models that cannot be steered, and the reason that is given.
+REFUSED: dict[str, tuple[str, dict, str]] = {
+    "mamba": ("MambaConfig", {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "state_size": 8}, "not the model's hidden state"),
+    "rwkv": ("RwkvConfig", {"hidden_size": WIDTH, "num_hidden_layers": DEPTH}, "not the model's hidden state"),
+    "xlm": ("XLMConfig", {"emb_dim": WIDTH, "n_layers": DEPTH, "n_heads": 4, "causal": True}, "not the model's hidden state"),
+    "openai-gpt": ("OpenAIGPTConfig", _GPT, "returned list, not a hidden state"),
 }
 
 
 def tiny_config(architecture: str = "llama", **changes: object) -> transformers.PreTrainedConfig:
     """The configuration of a tiny model."""
-    name, own = ARCHITECTURES[architecture]
+    name, own = {**ARCHITECTURES, **REFUSED}[architecture][:2]
     return getattr(transformers, name)(**{**_COMMON, **own, **changes})
 
 
@@ -119,9 +170,9 @@ def ask(text: str, **options: object) -> GenerationRequest:
     return GenerationRequest([{"role": "user", "content": text}], **options)
 
 
-def steer(direction: Direction, strength: float = 1.0, target: float = 0.9) -> Steering:
+def steer(direction: Direction, strength: float = 1.0, target: float = 0.9, positions: Positions = "all") -> Steering:
     """A steering plan."""
-    return Steering(direction, strength, target)
+    return Steering(direction, strength, target, positions)
 
 
 @contextmanager
@@ -170,5 +221,6 @@ def block_outputs(model: PreTrainedModel) -> Iterator[list[list[torch.Tensor]]]:
 
 def find_blocks(model: PreTrainedModel) -> torch.nn.ModuleList:
     """The decoder blocks by the name they have in each of the tiny architectures."""
-    places = {"gpt2": "transformer.h", "bloom": "transformer.h", "gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
+    places = dict.fromkeys(("gpt2", "gptj", "bloom", "falcon"), "transformer.h")
+    places |= {"gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers", "mpt": "transformer.blocks"}
     return model.get_submodule(places.get(model.config.model_type, "model.layers"))

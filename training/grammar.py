@@ -125,7 +125,8 @@ class Grammar:
             (0.07, self.choice_by_stance),
             (0.04, self.choice_by_act),
             (0.03, self.choice_by_value),
-            (0.04, self.look_up_option),
+            (0.08, self.look_up_option),
+            (0.1, self.recall),
         ]
 
     def document(self) -> list[Segment]:
@@ -312,6 +313,8 @@ class Grammar:
         if self.random.random() < 0.4:
             options = self.random.choice(self.frames["options"])
             options = [self.situation().fill(option) for option in options]
+        if self.random.random() < 0.5:
+            return self._bare_look_up(options)
         turns: list[Segment] = []
         for _ in range(self.random.choice((2, 3, 4))):
             answer = self.random.randrange(len(options))
@@ -321,6 +324,40 @@ class Grammar:
             else:
                 turns += [Segment("user", f"{lines}\nWhat does {letter} say?", 0.0), Segment("assistant", options[answer], COMMENT)]
         return turns
+
+    def _bare_look_up(self, options: list[str]) -> list[Segment]:
+        """The same without turns: each option on a line, and its letter on the next."""
+        lines, _ = self._lettered(options, 0)
+        letters = {line[3:]: line[0] for line in lines.split("\n")}
+        document = [Segment("text", f"{lines}\n\n", 0.0)]
+        for option in self.random.choices(options, k=6):
+            document += [Segment("text", f"- {option}\n", 0.0), Segment("text", letters[option], LETTER), Segment("text", "\n", 0.0)]
+        return document
+
+    def recall(self) -> list[Segment]:
+        """Pairs of words, then the same pairs in another order, forwards or backwards: given one word, its partner is to be recalled.
+
+        Without such drills a model this small does not learn to look things up, which options and rare nouns need.
+        """
+        count = self.random.randint(3, 8)
+
+        def draw() -> str:
+            return self.random.choice(self.nouns) if self.random.random() < 0.6 else self.invented_word()
+
+        first = list("ABCDEFGH"[:count]) if self.random.random() < 0.6 else [draw() for _ in range(count)]
+        pairs = [(word, " ".join(draw() for _ in range(self.random.choice((1, 1, 2))))) for word in first]
+        backwards = self.random.random() < 0.6
+        document = [Segment("text", "".join(f"{a} {b}\n" for a, b in pairs) + ("back\n" if backwards else "again\n"), 0.0)]
+        for _ in range(2):
+            self.random.shuffle(pairs)
+            for a, b in pairs:
+                given, asked = (b, a) if backwards else (a, b)
+                document += [
+                    Segment("text", f" {given}\n" if backwards else given, 0.0),
+                    Segment("text", asked if backwards else f" {asked}", LETTER if asked in "ABCDEFGH" else COMMENT),
+                    Segment("text", "\n", 0.0),
+                ]
+        return document
 
     def choice_by_value(self) -> list[Segment]:
         """A comment from a value, and values of which one is its own."""

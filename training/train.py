@@ -137,10 +137,10 @@ def save(model: LlamaForCausalLM, folder: Path, step: int, tokens: int, argument
     state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     save_file(state, folder / "trainer.safetensors")
     (folder / "trainer.json").write_text(json.dumps({"step": step, "tokens": tokens, "arguments": {k: str(v) for k, v in vars(arguments).items()}}))
-    shipped = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    # A copy with a configuration of its own: compiled code depends on the configuration of the model being trained.
+    shipped = LlamaForCausalLM(LlamaConfig(**model.config.to_dict())).to(torch.bfloat16)
     shipped.load_state_dict(state, strict=False)
     shipped.tie_weights()
-    shipped.config._attn_implementation = "sdpa"
     shipped.save_pretrained(folder)
 
 

@@ -3,30 +3,49 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import queue
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future
-from typing import Any, Self
+from contextlib import aclosing, suppress
+from typing import TYPE_CHECKING, Any, Self
 
-from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseChatModel
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
+from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from pydantic import ConfigDict, Field
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
+from langchain_core.runnables import RunnableConfig
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from vispa_graph.engine.contract import Engine, Generation, GenerationRequest, Message, Steering
+from vispa_graph.engine.contract import Direction, Engine, Generation, GenerationRequest, Message, Steering, SteeringReport, mix
+from vispa_graph.errors import SettingsError
+from vispa_graph.privacy import Privacy, Redactor
 from vispa_graph.settings import Settings
 
+if TYPE_CHECKING:
+    from vispa_graph.resources import Resources
+
 _ROLES = {"human": "user", "ai": "assistant", "system": "system"}
+
+
+class _Options(BaseModel):
+    """What a single call may choose otherwise than its model, as in `model.invoke(messages, temperature=0.7)` or `model.bind(seed=3)`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    max_new_tokens: int = Field(ge=1)
+    temperature: float = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**63)
 
 
 class SteeredChatModel(BaseChatModel):
     """A chat model on a steering engine, steered toward one value or none.
 
     `SteeredChatModel.create()` gives the unsteered model, `.for_value("autonomy")` one that is steered. What steering did is in the
-    answer's `response_metadata["steering"]`.
+    answer's `response_metadata["steering"]`. A call may set `max_new_tokens`, `temperature` and `seed` for itself.
 
     Attributes:
         engine: The engine; models made by `for_value` share it.
@@ -35,6 +54,7 @@ class SteeredChatModel(BaseChatModel):
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 for greedy decoding.
         seed: Seed of the sampling where temperature is above 0.
+        privacy: What traces get to see of its runs.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -45,10 +65,12 @@ class SteeredChatModel(BaseChatModel):
     max_new_tokens: int = 200
     temperature: float = 0.0
     seed: int = 0
+    privacy: Privacy = Field(Privacy(Redactor(frozenset())), repr=False, exclude=True)
+    _owned: Resources | None = PrivateAttr(None)
 
     @classmethod
     def create(cls, settings: Settings | None = None, *, engine: Engine | None = None) -> SteeredChatModel:
-        """The unsteered model of some settings; loads the model.
+        """The unsteered model of some settings; loads the model. `close()` lets go of it.
 
         Args:
             settings: None for the defaults: the embedded model.
@@ -56,7 +78,15 @@ class SteeredChatModel(BaseChatModel):
         """
         from vispa_graph.resources import Resources
 
-        return Resources(settings or Settings(), engine=engine).chat_model
+        owned = Resources(settings or Settings(), engine=engine)
+        model = owned.chat_model
+        model._owned = owned
+        return model
+
+    def close(self) -> None:
+        """Close the engine, if `create` loaded it; models made by `for_value` share it. Idempotent."""
+        if self._owned is not None:
+            self._owned.close()
 
     def for_value(self, value: str) -> Self:
         """A model on the same engine, steered toward a value of the taxonomy.
@@ -66,14 +96,31 @@ class SteeredChatModel(BaseChatModel):
         """
         return self.model_copy(update={"steering": self.find_steering(value)})
 
+    def for_values(self, weights: Mapping[str, float]) -> Self:
+        """A model on the same engine, steered toward several values at once.
+
+        Args:
+            weights: For each value what its strength is multiplied by; below 0 the value is suppressed.
+
+        Raises:
+            UnknownValueError: The taxonomy does not hold a value.
+            InputError: There is no value.
+        """
+        found = [(steering, weight) for value, weight in weights.items() if (steering := self.find_steering(value))]
+        if weights and not found:  # the strength is 0
+            return self.model_copy(update={"steering": None})
+        return self.model_copy(update={"steering": mix([steering for steering, _ in found], [weight for _, weight in found])})
+
     @property
     def _llm_type(self) -> str:
         return "vispa-steered"
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
+        # LangChain's cache of answers has these for its key, so they must tell models and directions apart.
         params: dict[str, Any] = {
             "model": self.engine.name,
+            "engine": self.engine.fingerprint,
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "seed": self.seed,
@@ -82,11 +129,15 @@ class SteeredChatModel(BaseChatModel):
             direction = self.steering.direction
             params |= {
                 "value": direction.value,
-                "method": direction.method,
+                "method": self.steering.method,
+                "direction": _digest(direction),
                 "layers": list(direction.layers),
                 "strength": self.steering.strength,
                 "target_probability": self.steering.target_probability,
             }
+            if self.steering.others:
+                params["values"] = {part.direction.value: part.strength for part in self.steering.parts}
+                params["others"] = [[_digest(part.direction), part.target_probability] for part in self.steering.parts[1:]]
         return params
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
@@ -94,37 +145,98 @@ class SteeredChatModel(BaseChatModel):
             ls_provider="vispa",
             ls_model_name=self.engine.name,
             ls_model_type="chat",
-            ls_temperature=self.temperature,
-            ls_max_tokens=self.max_new_tokens,
+            ls_temperature=kwargs.get("temperature", self.temperature),
+            ls_max_tokens=kwargs.get("max_new_tokens", self.max_new_tokens),
         )
 
-    def _request(self, messages: list[BaseMessage], on_token: Callable[[str], None] | None = None) -> GenerationRequest:
+    # Every way in, so that the runs of a model used by itself are as private as those of a graph
+
+    def generate(self, messages: list[list[BaseMessage]], stop: list[str] | None = None, callbacks: Callbacks = None, **kwargs: Any) -> LLMResult:
+        """As in LangChain, private."""
+        guard = self.privacy.guard({"callbacks": callbacks})
+        model = self.privacy.model(self)
+        with guard:
+            try:
+                return super(SteeredChatModel, model).generate(messages, stop, guard.config.get("callbacks"), **kwargs)
+            except Exception as error:
+                guard.rethrow(error)
+
+    async def agenerate(
+        self, messages: list[list[BaseMessage]], stop: list[str] | None = None, callbacks: Callbacks = None, **kwargs: Any
+    ) -> LLMResult:
+        """As in LangChain, private."""
+        guard = self.privacy.guard({"callbacks": callbacks}, is_async=True)
+        model = self.privacy.model(self)
+        with guard:
+            try:
+                return await super(SteeredChatModel, model).agenerate(messages, stop, guard.config.get("callbacks"), **kwargs)
+            except Exception as error:
+                guard.rethrow(error)
+
+    def stream(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, *, stop: list[str] | None = None, **kwargs: Any
+    ) -> Iterator[AIMessageChunk]:
+        """As in LangChain, private."""
+        guard = self.privacy.guard(config)
+        model = self.privacy.model(self)
+        yield from guard.each(super(SteeredChatModel, model).stream(input, guard.config, stop=stop, **kwargs))
+
+    async def astream(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, *, stop: list[str] | None = None, **kwargs: Any
+    ) -> AsyncIterator[AIMessageChunk]:
+        """As in LangChain, private."""
+        guard = self.privacy.guard(config, is_async=True)
+        model = self.privacy.model(self)
+        async with aclosing(guard.aeach(super(SteeredChatModel, model).astream(input, guard.config, stop=stop, **kwargs))) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    def _ask(
+        self, messages: list[BaseMessage], options: dict[str, Any], on_token: Callable[[str], None] | None = None
+    ) -> tuple[Future[Generation], _Clock]:
+        """Hand a request to the engine; the clock takes the time to its first token."""
         turns: list[Message] = [{"role": _ROLES.get(m.type, "user"), "content": m.text} for m in messages]  # type: ignore[typeddict-item]
-        return GenerationRequest(turns, self.steering, self.max_new_tokens, self.temperature, self.seed, on_token)
+        chosen = self._options(options)
+        clock = _Clock(on_token)
+        request = GenerationRequest(turns, self.steering, chosen.max_new_tokens, chosen.temperature, chosen.seed, clock.heard)
+        return self.engine.generate(request), clock
+
+    def _options(self, given: dict[str, Any]) -> _Options:
+        own = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": self.seed}
+        try:
+            return _Options(**(own | {name: option for name, option in given.items() if name != "stream"}))
+        except ValidationError as error:
+            problems = "; ".join(f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())
+            raise SettingsError(f"The steered model cannot be called with these options ({problems}). It takes {', '.join(own)}.") from None
 
     def _generate(
         self, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: CallbackManagerForLLMRun | None = None, **kwargs: Any
     ) -> ChatResult:
-        return self._result(self.engine.generate(self._request(messages)).result(), stop)
+        future, clock = self._ask(messages, kwargs)
+        return self._result(future.result(), clock, stop)
 
     async def _agenerate(
         self, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any
     ) -> ChatResult:
-        return self._result(await asyncio.wrap_future(self.engine.generate(self._request(messages))), stop)
+        future, clock = self._ask(messages, kwargs)
+        return self._result(await asyncio.wrap_future(future), clock, stop)
 
     def _stream(
         self, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: CallbackManagerForLLMRun | None = None, **kwargs: Any
     ) -> Iterator[ChatGenerationChunk]:
         pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        future = self.engine.generate(self._request(messages, pieces.put))
-        future.add_done_callback(lambda _: pieces.put(None))
-        filter_ = _Stop(stop)
-        while (piece := pieces.get()) is not None:
-            if text := filter_.take(piece):
+        future, clock = self._ask(messages, kwargs, pieces.put)
+        try:
+            future.add_done_callback(lambda _: pieces.put(None))
+            filter_ = _Stop(stop)
+            while (piece := pieces.get()) is not None:
+                if text := filter_.take(piece):
+                    yield self._piece(text, run_manager)
+            if text := filter_.rest():
                 yield self._piece(text, run_manager)
-        if text := filter_.rest():
-            yield self._piece(text, run_manager)
-        yield self._last(future)
+            yield self._last(future, clock)
+        finally:
+            future.cancel()  # whoever stopped listening needs no answer
 
     async def _astream(
         self, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any
@@ -133,20 +245,21 @@ class SteeredChatModel(BaseChatModel):
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
 
         def put(piece: str | None) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+            with suppress(RuntimeError):  # the loop was closed: nobody listens any more
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        future = self.engine.generate(self._request(messages, put))
-        future.add_done_callback(lambda _: put(None))
-        filter_ = _Stop(stop)
-        while (piece := await pieces.get()) is not None:
-            if text := filter_.take(piece):
-                chunk = ChatGenerationChunk(message=AIMessageChunk(content=text))
-                if run_manager:
-                    await run_manager.on_llm_new_token(text, chunk=chunk)
-                yield chunk
-        if text := filter_.rest():
-            yield ChatGenerationChunk(message=AIMessageChunk(content=text))
-        yield self._last(future)
+        future, clock = self._ask(messages, kwargs, put)
+        try:
+            future.add_done_callback(lambda _: put(None))
+            filter_ = _Stop(stop)
+            while (piece := await pieces.get()) is not None:
+                if text := filter_.take(piece):
+                    yield await self._apiece(text, run_manager)
+            if text := filter_.rest():
+                yield await self._apiece(text, run_manager)
+            yield self._last(future, clock)
+        finally:
+            future.cancel()
 
     @staticmethod
     def _piece(text: str, run_manager: CallbackManagerForLLMRun | None) -> ChatGenerationChunk:
@@ -155,18 +268,40 @@ class SteeredChatModel(BaseChatModel):
             run_manager.on_llm_new_token(text, chunk=chunk)
         return chunk
 
-    def _last(self, future: Future[Generation]) -> ChatGenerationChunk:
+    @staticmethod
+    async def _apiece(text: str, run_manager: AsyncCallbackManagerForLLMRun | None) -> ChatGenerationChunk:
+        chunk = ChatGenerationChunk(message=AIMessageChunk(content=text))
+        if run_manager:
+            await run_manager.on_llm_new_token(text, chunk=chunk)
+        return chunk
+
+    def _last(self, future: Future[Generation], clock: _Clock) -> ChatGenerationChunk:
         """The closing chunk: no text, but usage and what steering did."""
         generation = future.result()
+        facts = _metadata(generation, clock)
         return ChatGenerationChunk(
-            message=AIMessageChunk(content="", usage_metadata=_usage(generation), response_metadata=_metadata(generation), chunk_position="last")
+            message=AIMessageChunk(content="", usage_metadata=_usage(generation), response_metadata=facts, chunk_position="last")
         )
 
-    def _result(self, generation: Generation, stop: list[str] | None) -> ChatResult:
+    def _result(self, generation: Generation, clock: _Clock, stop: list[str] | None) -> ChatResult:
         filter_ = _Stop(stop)
         text = filter_.take(generation.text) + filter_.rest()
-        message = AIMessage(content=text, usage_metadata=_usage(generation), response_metadata=_metadata(generation))
+        message = AIMessage(content=text, usage_metadata=_usage(generation), response_metadata=_metadata(generation, clock))
         return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+class _Clock:
+    """Passes tokens on, and takes the time from its making to the first one, in seconds; None until then."""
+
+    def __init__(self, on_token: Callable[[str], None] | None) -> None:
+        self.first: float | None = None
+        self._on_token, self._started = on_token, time.perf_counter()
+
+    def heard(self, piece: str) -> None:
+        if self.first is None:
+            self.first = time.perf_counter() - self._started
+        if self._on_token:
+            self._on_token(piece)
 
 
 class _Stop:
@@ -204,18 +339,35 @@ def _usage(generation: Generation) -> UsageMetadata:
     )
 
 
-def _metadata(generation: Generation) -> dict[str, Any]:
+def _digest(direction: Direction) -> str:
+    """Tells directions apart, 16 hex digits."""
+    digest = hashlib.sha256(repr((direction.value, direction.method, direction.layers, direction.alpha)).encode())
+    digest.update(direction.vectors.tobytes() + direction.bias.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _metadata(generation: Generation, clock: _Clock) -> dict[str, Any]:
     report = generation.steering
     return {
         "finish_reason": generation.finish,
         "cut_tokens": generation.cut_tokens,
         "batch_rows": generation.batch_rows,
-        "steering": report
-        and {
-            "layers": list(report.layers),
-            "magnitude": list(report.magnitude),
-            "before": report.before and list(report.before),
-            "after": report.after and list(report.after),
-            "displacement": report.displacement,
-        },
+        "batch_width": generation.batch_width,
+        "batch_halved": generation.halved,
+        "dtype": generation.dtype,
+        "first_token_seconds": clock.first and round(clock.first, 4),
+        "steering": report and _facts(report),
+    }
+
+
+def _facts(report: SteeringReport) -> dict[str, Any]:
+    return {
+        "value": report.value,
+        "positions": report.positions,
+        "layers": list(report.layers),
+        "magnitude": list(report.magnitude),
+        "before": report.before and list(report.before),
+        "after": report.after and list(report.after),
+        "displacement": report.displacement,
+        "others": [_facts(other) for other in report.others],
     }

@@ -5,16 +5,20 @@ Everything heavy is imported inside the commands, so that `vispa --help` answers
 
 from __future__ import annotations
 
+import atexit
 import errno
 import io
 import json
+import logging
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from importlib.util import find_spec
@@ -28,9 +32,10 @@ from vispa_graph.errors import TaxonomyError, VispaError
 
 if TYPE_CHECKING:
     from langchain_core.runnables.graph import Graph
-    from langchain_core.tracers.schemas import Run
     from rich.console import Console
+    from rich.tree import Tree
 
+    from vispa_graph.engine.contract import Direction
     from vispa_graph.engine.huggingface import HuggingFaceEngine
     from vispa_graph.graph import PluralGraph
     from vispa_graph.resources import Resources
@@ -43,10 +48,12 @@ Show = Callable[..., None]
 
 # Written out, because the modules that define them are slow to import; a test compares.
 MODES = ("overton", "steerable", "distributional")
-METHODS = ("probe", "mean_difference", "pca")
+METHODS = ("probe", "mean_difference", "pca", "sae")
+CONTRASTS = ("opposed", "opposed+others")
+READINGS = ("raw", "chat")
+SOLVERS = ("exact", "saga")
+DISTRIBUTIONS = ("comments", "direct", "decoding")
 
-_REDACTED = "redacted"
-_RANGE = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -114,22 +121,26 @@ def text(value: str) -> str:
     return value
 
 
-def block_numbers(value: str) -> tuple[int, ...]:
-    """Single numbers and ascending ranges, joined by commas."""
-    numbers: list[int] = []
-    for part in value.split(","):
-        found = _RANGE.fullmatch(part.strip())
-        if not found or (found[2] and int(found[2]) < int(found[1])):
-            raise click.BadParameter("layers are numbers from 0 and ascending ranges joined by commas, such as 10-25 or 3,4,5.")
-        numbers += range(int(found[1]), int(found[2] or found[1]) + 1)
-    return tuple(numbers)
+def block_numbers(value: str) -> tuple[float, ...]:
+    """Block numbers and ascending ranges, or a range of fractions of the depth."""
+    from vispa_graph.settings import parse_layers
+
+    try:
+        return parse_layers(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from None
 
 
 def _model_options(command: F) -> F:
     options = [
         click.option("--model", type=text, help='"embedded", the folder of a model, or its name on the Hugging Face hub.'),
         click.option("--method", type=click.Choice(METHODS), help="How directions are found."),
-        click.option("--layers", type=block_numbers, metavar="N,N-N", help="Decoder blocks to steer, from 0: 10-25 or 3,4,5."),
+        click.option(
+            "--layers",
+            type=block_numbers,
+            metavar="N,N-N",
+            help="Decoder blocks to steer, from 0: 10-25 or 3,4,5; or by fraction of the depth: 0.3-0.8.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -179,13 +190,19 @@ def main() -> None:
 @click.option("--value", "asked", multiple=True, type=text, help="A value to hear, by id or name, instead of selected ones. Repeatable.")
 @click.option("--top-k", type=int, help="How many values are heard.")
 @_model_options
-@click.option("--strength", type=float, help="Multiple of the method's own magnitude; 0 does not steer.")
+@click.option("--strength", type=float, help="Multiple of the method's own magnitude; 0 does not steer, below 0 suppresses.")
 @click.option("--max-new-tokens", type=int, help="Longest comment, in tokens.")
 @click.option("--seed", type=int, help="Seed of the sampling, where the temperature is above 0.")
 @click.option("--temperature", type=float, help="0 for greedy decoding.")
+@click.option("--distribution", type=click.Choice(DISTRIBUTIONS), help="What a distribution is read after: comments, or the steered question itself.")
 @_values_option
-@click.option("--trace", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the run as a tree of JSON, without its texts.")
-@click.option("--trace-content", is_flag=True, help="Keep the texts, which may be private, in the trace.")
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the run as a tree of JSON, without its texts; vispa trace FILE shows it.",
+)
+@click.option("--trace-content", is_flag=True, help="Keep the texts, which may be private, in traces.")
 @_json_option
 def ask(
     query: str,
@@ -197,11 +214,12 @@ def ask(
     top_k: int | None,
     model: str | None,
     method: str | None,
-    layers: tuple[int, ...] | None,
+    layers: tuple[float, ...] | None,
     strength: float | None,
     max_new_tokens: int | None,
     seed: int | None,
     temperature: float | None,
+    distribution: str | None,
     values: tuple[Path, ...],
     trace: Path | None,
     trace_content: bool,
@@ -213,7 +231,7 @@ def ask(
     options alone ask for a distribution (distributional), else all perspectives are told (overton).
     """
     if trace_content and not trace:
-        raise click.UsageError("--trace-content needs --trace FILE.")
+        raise click.UsageError("--trace-content needs --trace FILE. For the traces of a viewer set VISPA_TRACE_CONTENT.")
     if trace:
         _check_target(trace)
     settings = _settings(
@@ -224,16 +242,32 @@ def ask(
         max_new_tokens=max_new_tokens,
         seed=seed,
         temperature=temperature,
+        distribution=distribution,
         top_k=top_k,
         values=values,
+        trace_content=trace_content or None,
     )
     given = {"query": _query(query), "mode": mode, "attribute": attribute, "population": population, "options": list(options) or None}
     with _progress() as show:
-        output = _run(settings, given | {"values": list(asked) or None}, show, trace, trace_content)
+        output = _run(settings, given | {"values": list(asked) or None}, show, trace)
     if as_json:
         _print_json(output)
     else:
         _print_answer(output)
+
+
+@main.command("trace")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@_json_option
+def trace_command(file: Path, as_json: bool) -> None:
+    """Print the run that `vispa ask --trace FILE` wrote as a tree: what was found, what moved, and what steering did."""
+    from vispa_graph.tracing import draw, read_trace
+
+    run = read_trace(file)
+    if as_json:
+        _print_json(run.model_dump(mode="json"))
+    else:
+        _print_tree(draw(run))
 
 
 @main.command("values")
@@ -260,28 +294,66 @@ def values_command(value_id: str | None, query: str | None, top_k: int | None, v
 
 @main.command()
 @_model_options
+@click.option("--contrast", type=click.Choice(CONTRASTS), help="What positive twins are set against.")
+@click.option("--reading", type=click.Choice(READINGS), help="Whether sentences are read bare or in a chat.")
+@click.option("--solver", type=click.Choice(SOLVERS), help="How probes are solved.")
 @_values_option
 @_json_option
-def fit(model: str | None, method: str | None, layers: tuple[int, ...] | None, values: tuple[Path, ...], as_json: bool) -> None:
-    """Fit the directions of all values, keep them in the cache, and show how well each tells its sentences apart."""
+def fit(
+    model: str | None,
+    method: str | None,
+    layers: tuple[float, ...] | None,
+    contrast: str | None,
+    reading: str | None,
+    solver: str | None,
+    values: tuple[Path, ...],
+    as_json: bool,
+) -> None:
+    """Fit the directions of all values, keep them in the cache, and show how well each tells its sentences apart.
+
+    What is in the cache is not fitted again, so that a fit that was broken off goes on where it was.
+    """
+    from vispa_graph.engine.directions import SEPARATES, separates
     from vispa_graph.resources import Resources
 
+    logging.getLogger("vispa_graph").addHandler(logging.NullHandler())  # the warnings are told below
     with _progress() as show:
         # top_k plays no part in fitting, but must fit a small taxonomy of one's own.
-        resources = Resources(_settings(model=model, method=method, layers=layers, values=values, top_k=1), progress=show)
-        with closing(resources):
+        settings = _settings(model=model, method=method, layers=layers, contrast=contrast, reading=reading, solver=solver, values=values, top_k=1)
+        with closing(Resources(settings, progress=show)) as resources:
             show("loading the model")
             name, taxonomy = resources.engine.name, resources.taxonomy
             fitted = resources.fit_settings()
             show("directions")
-            accuracy = {value: round(float(d.accuracy.mean()), 4) for value, d in resources.directions.items()}
-    facts = {"model": name, "method": fitted.method, "layers": list(fitted.layers)}
+            directions = resources.directions
+    weak = [value for value, direction in directions.items() if not separates(direction)]
+    facts = {"model": name, "method": fitted.method, "contrast": fitted.contrast, "reading": fitted.reading, "layers": list(fitted.layers)}
     if as_json:
-        _print_json(facts | {"accuracy": accuracy})
-        return
-    console = _console()
-    _print_facts(console, facts)
-    _print_table(console, ["Value", "Mean accuracy"], [[taxonomy[value].name, f"{mean:.1%}"] for value, mean in accuracy.items()])
+        _print_json(facts | _accuracies(directions) | {"not_separating": weak})
+    else:
+        console = _console()
+        _print_facts(console, facts)
+        shares = [(taxonomy[value].name, d.accuracy.mean(), None if d.held_out is None else d.held_out.mean()) for value, d in directions.items()]
+        rows = [[of, f"{seen:.1%}", "-" if unseen is None else f"{unseen:.1%}"] for of, seen, unseen in shares]
+        _print_table(console, ["Value", "Mean accuracy", "Held out"], rows)
+    if weak:
+        names = ", ".join(taxonomy[value].name for value in weak)
+        click.echo(
+            f"vispa: warning: below {SEPARATES:.0%} of the sentences held out are told apart by: {names}. Steering by these may do nothing.", err=True
+        )
+
+
+def _accuracies(directions: dict[str, Direction]) -> dict[str, Any]:
+    """Mean accuracies by value, and those of every block."""
+
+    def numbers(array: Any) -> list[float] | None:
+        return None if array is None else [round(float(number), 4) for number in array]
+
+    return {
+        "accuracy": {value: round(float(d.accuracy.mean()), 4) for value, d in directions.items()},
+        "held_out": {value: None if d.held_out is None else round(float(d.held_out.mean()), 4) for value, d in directions.items()},
+        "by_block": {value: {"accuracy": numbers(d.accuracy), "held_out": numbers(d.held_out)} for value, d in directions.items()},
+    }
 
 
 @main.command()
@@ -332,23 +404,92 @@ def graph_command(output: Path | None, review: bool, as_json: bool) -> None:
         _write(output, _picture(drawn, output.suffix[1:]))
 
 
+@main.command()
+@click.option(
+    "--http", "port", type=click.IntRange(0, 65535), metavar="PORT", help="Serve over HTTP on this machine instead of stdio; 0 for any port."
+)
+@click.option(
+    "--token", type=text, envvar="VISPA_MCP_TOKEN", show_envvar=True, help="With --http: what clients must send; made up and shown if left out."
+)
+@click.option("--top-k", type=int, help="How many values are heard.")
+@_model_options
+@_values_option
+def mcp(
+    port: int | None,
+    token: str | None,
+    top_k: int | None,
+    model: str | None,
+    method: str | None,
+    layers: tuple[float, ...] | None,
+    values: tuple[Path, ...],
+) -> None:
+    """Serve the graph to MCP clients: tools to ask, to list values and to explain a run. Needs vispa_graph[mcp].
+
+    Over stdio unless --http is given. Give the token in VISPA_MCP_TOKEN: others on the machine can read a command line.
+    """
+    if not find_spec("mcp"):
+        raise Refused("The MCP server needs the package mcp: pip install 'vispa_graph[mcp]'.")
+    from vispa_graph.mcp_server import create_server, serve_http, serve_stdio
+    from vispa_graph.resources import Resources
+    from vispa_graph.settings import end_tracing_with_the_process
+
+    secret = token or secrets.token_urlsafe(32)
+
+    def ready(url: str) -> None:
+        click.echo(f"vispa: serving on {url}" + ("" if token else f" with the token {secret}"), err=True)
+
+    end_tracing_with_the_process()
+    with closing(Resources(_settings(model=model, method=method, layers=layers, values=values, top_k=top_k))) as resources:
+        server = create_server(resources)
+        try:
+            if port is None:
+                serve_stdio(server)
+            else:
+                serve_http(server, port, secret, ready)
+        finally:
+            _send_traces()
+
+
 # Running the graph
 
 
-def _run(settings: Settings, given: dict[str, Any], show: Show, trace: Path | None, content: bool) -> Output:
+def _run(settings: Settings, given: dict[str, Any], show: Show, trace: Path | None) -> Output:
     """Run the graph, and write its trace, also where it fails."""
     from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 
     from vispa_graph.graph import create_graph
     from vispa_graph.resources import Resources
+    from vispa_graph.settings import end_tracing_with_the_process
+    from vispa_graph.tracing import TracedRun
 
+    end_tracing_with_the_process()
     tracer = RunCollectorCallbackHandler() if trace else None
     with closing(create_graph(resources=Resources(settings, progress=show))) as graph:
         try:
             return _follow(graph, given, {"callbacks": [tracer] if tracer else []}, show)
         finally:
             if trace and tracer and tracer.traced_runs:
-                _write(trace, json.dumps(_tree(tracer.traced_runs[-1], content), default=_plain, indent=1).encode())
+                _write(trace, TracedRun.of(tracer.traced_runs[-1]).to_json())
+            _send_traces()
+
+
+def _send_traces(seconds: float = 1.0) -> None:
+    """Give the tracing that the environment asks for a moment to send what it holds; an endpoint that does not answer gets no more."""
+    from langsmith import run_trees
+
+    client = run_trees._CLIENT
+    if client is None:
+        return
+    until = time.monotonic() + seconds
+    client.flush(timeout=seconds)
+    if client.otel_exporter is not None:
+        from opentelemetry import trace
+
+        provider: Any = trace.get_tracer_provider()
+        flush = threading.Thread(target=provider.force_flush, daemon=True)
+        flush.start()
+        flush.join(max(0.0, until - time.monotonic()))
+        atexit.unregister(provider.shutdown)  # it would wait for the endpoint once more
 
 
 def _follow(graph: PluralGraph, given: dict[str, Any], config: Any, show: Show) -> Output:
@@ -372,7 +513,10 @@ def _follow(graph: PluralGraph, given: dict[str, Any], config: Any, show: Show) 
                     _make_ready(resources, show)
                 except VispaError as error:
                     parts.throw(error)  # the run itself has failed, and its trace must say so
-                show("comments", 0, heard)
+                if resources.settings.distribution == "comments":
+                    show("comments", 0, heard)
+                else:  # there may be none to count
+                    show("answering")
     return cast("Output", output)
 
 
@@ -382,26 +526,6 @@ def _make_ready(resources: Resources, show: Show) -> None:
     if resources.settings.strength:
         show("directions")
         _ = resources.directions
-
-
-def _tree(run: Run, content: bool) -> dict[str, Any]:
-    """A run and its children as plain data; without content, nothing in it can hold what the user or the model wrote."""
-    return {
-        "name": run.name,
-        "run_type": run.run_type,
-        "start": run.start_time.isoformat(),
-        "end": run.end_time and run.end_time.isoformat(),
-        "inputs": run.inputs if content else _REDACTED,
-        "outputs": run.outputs if content else _REDACTED,
-        "error": run.error and (run.error if content else _REDACTED),
-        "tags": run.tags or [],
-        "metadata": run.metadata,
-        "children": [_tree(child, content) for child in run.child_runs],
-    }
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump() if hasattr(value, "model_dump") else str(value)
 
 
 # Values
@@ -616,6 +740,16 @@ def _print_title(console: Console, text: str) -> None:
 
 def _print_text(console: Console, text: str) -> None:
     console.print(_clean(text), soft_wrap=not console.is_terminal)
+
+
+def _print_tree(tree: Tree) -> None:
+    """A tree whose lines no width cuts where stdout is no terminal."""
+    from rich.console import Console
+
+    console = _console()
+    wide = console if console.is_terminal else Console(markup=False, highlight=False, emoji=False, width=1000)
+    for line in wide.render_lines(tree, pad=False):
+        click.echo(_clean("".join(segment.text for segment in line)).rstrip())
 
 
 def _print_facts(console: Console, facts: dict[str, Any]) -> None:

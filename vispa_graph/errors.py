@@ -13,6 +13,8 @@ VispaError
 +-- PromptError                 a prompt file is missing or lacks a placeholder
 +-- TaxonomyError               a taxonomy file cannot be used; names file and line
 +-- StoreError                  a stored index or direction is corrupt or belongs to something else
++-- TraceError                  a trace file cannot be read
++-- ResumeError                 a run that was begun with other settings or models
 +-- ModelError
 |   +-- ModelNotFoundError      no such folder, or a hub that cannot be reached
 |   +-- NotCausalError          a model, but not a causal language model
@@ -21,6 +23,10 @@ VispaError
 |   +-- NonFiniteError          activations or logits became NaN or infinite
 |   +-- ContextLengthError      a prompt that cannot be made to fit the model's context
 |   +-- EngineClosedError
+|   +-- EngineBusyError         its queue is full
+|   +-- EngineMemoryError       one request alone does not fit into memory
+|   +-- BatchError              the model failed in the middle of a batch
+|   +-- DeadlineError           a request's time was up (also a TimeoutError)
 |   +-- NotARerankerError       a model that cannot judge the values at stake
 +-- SelectionError              the language model's judgement of the values cannot be read
 +-- AggregationError            the main language model gave nothing that could be used
@@ -84,6 +90,14 @@ class StoreError(VispaError):
     """A stored index or direction is corrupt or belongs to something else."""
 
 
+class TraceError(VispaError):
+    """A trace file is missing, or is none."""
+
+
+class ResumeError(VispaError):
+    """A run that was begun with other settings or models cannot go on with these."""
+
+
 class ModelError(VispaError):
     """Base of the errors of the steering engine and its model."""
 
@@ -114,6 +128,22 @@ class ContextLengthError(ModelError):
 
 class EngineClosedError(ModelError):
     """The engine was closed before the request could run."""
+
+
+class EngineBusyError(ModelError):
+    """The engine's queue is full."""
+
+
+class EngineMemoryError(ModelError):
+    """One request alone does not fit into memory."""
+
+
+class BatchError(ModelError):
+    """The model, or a listener, failed in the middle of a batch; the cause is chained."""
+
+
+class DeadlineError(ModelError, TimeoutError):
+    """The request's time was up before it was answered."""
 
 
 class NotARerankerError(ModelError):

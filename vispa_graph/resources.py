@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from importlib import resources as package_files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from vispa_graph.attributes import attribute_value
 from vispa_graph.engine.contract import Contrast, Direction, Engine, Method, Reading, Steering
+from vispa_graph.errors import EngineClosedError
 from vispa_graph.settings import EMBEDDED, Settings
-from vispa_graph.taxonomy_index import Encoder, SentenceEncoder, Taxonomy, TaxonomyIndex
+from vispa_graph.taxonomy_index import Encoder, SentenceEncoder, Taxonomy, TaxonomyIndex, Value
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
 
     from vispa_graph.chat_model import SteeredChatModel
-    from vispa_graph.engine.directions import FitSettings
+    from vispa_graph.engine.dictionary import SparseDictionary
+    from vispa_graph.engine.directions import FitSettings, ReadOnce
+    from vispa_graph.privacy import Privacy, Scrubber
     from vispa_graph.taxonomy_index.selection import Selector
 
 T = TypeVar("T")
 # Room for an aggregated answer, as in the paper.
 _SUMMARY_TOKENS = 300
 _EMBEDDED_NAME = "vispa-embedded"
+# How many attributes' directions are held in memory.
+_ATTRIBUTES = 64
+_CLOSED = "The graph is closed, and loads no model again. Create a new graph."
+_log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 
 
@@ -34,16 +42,17 @@ Progress = Callable[[str, int, int], None]
 class Profile:
     """A model's own defaults, for settings left at None.
 
-    The defaults of this class are the paper's. `layers` None stands for the paper's fractions of the depth.
+    The defaults of this class are the paper's, but for `fits_attributes`. `layers` None stands for the paper's fractions of the depth.
     """
 
     method: Method = "probe"
     contrast: Contrast = "opposed"
     reading: Reading = "raw"
     regularisation: float = 1.0
-    layers: tuple[int, ...] | None = None
+    layers: tuple[float, ...] | None = None
     target_probability: float = 0.9
     max_new_tokens: int = 200
+    fits_attributes: bool = True  # knows enough of the world to be steered toward what is in no taxonomy
     note: str = ""  # what every reader of its answers must know
     composes: bool = False  # too small to write summaries: answers are composed of the comments' own sentences
 
@@ -57,6 +66,7 @@ class Resources:
         encoder: Likewise a sentence encoder.
         taxonomy: Likewise a taxonomy.
         main_llm: The chat model that aggregates; None for the local model, unsteered.
+        scrubber: Takes identifiers out of the texts that traces hold where `trace_content` is set.
         progress: Called with (what, done, total) while directions are fitted.
     """
 
@@ -68,18 +78,23 @@ class Resources:
         encoder: Encoder | None = None,
         taxonomy: Taxonomy | None = None,
         main_llm: BaseChatModel | None = None,
+        scrubber: Scrubber | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.settings = settings
         self.main_llm = main_llm
+        self._scrubber = scrubber
         self._progress = progress
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()  # held for moments only
+        self._locks: dict[str, threading.Lock] = {}  # one for each thing that is made, held while it is
+        self._attribute_lock = threading.Lock()
         self._made: dict[str, Any] = {}
-        self._owns_engine = engine is None
+        self._owns_engine, self._closed = engine is None, False
         if engine is not None:
             self._made["engine"] = engine
         self.encoder: Encoder = encoder or SentenceEncoder(settings.encoder)
         self.taxonomy = taxonomy or Taxonomy.load(*settings.values, shipped=settings.shipped_values, bioethics=settings.bioethics)
+        self._attribute_direction = lru_cache(_ATTRIBUTES)(self._find_attribute_direction)
 
     @property
     def profile(self) -> Profile:
@@ -87,9 +102,23 @@ class Resources:
         return self._once("profile", self._read_profile)
 
     @property
+    def privacy(self) -> Privacy:
+        """What traces get to see."""
+        from vispa_graph.privacy import Privacy
+
+        return self._once("privacy", lambda: Privacy.of(self.taxonomy, trace_content=self.settings.trace_content, scrubber=self._scrubber))
+
+    @property
     def index(self) -> TaxonomyIndex:
         """The taxonomy index, from the cache where it is there."""
         return self._once("index", lambda: TaxonomyIndex.open(self.taxonomy, self.encoder, self.settings.cache))
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """Everything that decides what a run says, the engine's weights apart: plain data."""
+        from vispa_graph.provenance import describe
+
+        return self._once("made_with", lambda: describe(self))
 
     @property
     def selector(self) -> Selector:
@@ -122,7 +151,7 @@ class Resources:
     def summariser(self) -> BaseChatModel:
         """The main language model: the caller's, or the local one unsteered."""
         if self.main_llm is not None:
-            return self.main_llm
+            return self.privacy.model(self.main_llm)
         local = self.chat_model
         return local.model_copy(update={"max_new_tokens": max(_SUMMARY_TOKENS, local.max_new_tokens)})
 
@@ -133,10 +162,29 @@ class Resources:
             UnknownValueError: The taxonomy does not hold it.
         """
         value_id = self.taxonomy[value].id
-        if self.settings.strength == 0:
+        return self._steering(self.directions[value_id]) if self.settings.strength else None
+
+    def attribute_steering(self, attribute: str) -> Steering:
+        """The steering toward an attribute outside the taxonomy, from the cache or fitted now on pairs made from templates."""
+        with self._attribute_lock:  # an attribute asked for twice is fitted once
+            direction = self._attribute_direction(attribute)
+        return self._steering(direction)
+
+    def steers_toward(self, attribute: str) -> bool:
+        """Whether the direction fitted for an attribute tells held-out sentences apart."""
+        from vispa_graph.engine.directions import separates
+
+        return separates(self.attribute_steering(attribute).direction)
+
+    def attribute_value(self, attribute: str | None) -> Value | None:
+        """The value that an attribute is: of the taxonomy, or made of templates so that it can be steered to; None if neither may be."""
+        if not attribute:
             return None
-        target = self.settings.target_probability
-        return Steering(self.directions[value_id], self.settings.strength, self.profile.target_probability if target is None else target)
+        if attribute in self.taxonomy:
+            return self.taxonomy[attribute]
+        asked = self.settings.fit_attributes
+        fits = self.profile.fits_attributes if asked is None else asked
+        return attribute_value(attribute) if fits and self.settings.strength else None
 
     def fit_settings(self) -> FitSettings:
         """How directions are fitted: the settings, completed by the model's defaults.
@@ -156,39 +204,32 @@ class Resources:
             contrast=chosen.contrast or profile.contrast,
             reading=chosen.reading or profile.reading,
             regularisation=chosen.regularisation or profile.regularisation,
+            solver=chosen.solver,
         )
 
-    def steering_fingerprint(self) -> str:
-        """A digest of everything, beside model and value, that decides what a steered comment says."""
-        s = self.settings
-        chosen = [
-            s.strength,
-            s.target_probability,
-            s.max_new_tokens,
-            s.temperature,
-            s.seed,
-            s.dtype,
-            s.method,
-            s.contrast,
-            s.reading,
-            s.regularisation,
-            s.layers,
-        ]
-        return hashlib.sha256(json.dumps([*chosen, self.taxonomy.fingerprint]).encode()).hexdigest()[:16]
+    @property
+    def method(self) -> str:
+        """How comments are steered, as traces name it."""
+        if not self.settings.strength:
+            return "unsteered"
+        return f"{self.settings.method or self.profile.method}{'-generated' if self.settings.positions == 'generated' else ''}"
 
     def close(self) -> None:
-        """Close the engine, if it was loaded here. Idempotent."""
+        """Close the engine, if it was loaded here, for good: it is not loaded again. Idempotent, and waits for no load or fit."""
         with self._lock:
-            engine = self._made.pop("engine", None) if self._owns_engine else None
-            self._made.pop("chat_model", None)
+            self._closed = True
+            engine = self._made.get("engine") if self._owns_engine else None
         if engine is not None:
             engine.close()
 
     def _once(self, name: str, make: Callable[[], T]) -> T:
-        with self._lock:
-            if name not in self._made:
-                self._made[name] = make()
-            return cast(T, self._made[name])
+        if name not in self._made:
+            with self._lock:
+                lock = self._locks.setdefault(name, threading.Lock())
+            with lock:
+                if name not in self._made:
+                    self._made[name] = make()
+        return cast(T, self._made[name])
 
     def _read_profile(self) -> Profile:
         if self.settings.model != EMBEDDED or not (self._owns_engine or self.engine.name == _EMBEDDED_NAME):
@@ -220,8 +261,12 @@ class Resources:
     def _load_engine(self) -> Engine:
         from vispa_graph.engine.huggingface import HuggingFaceEngine
 
+        if self._closed:
+            raise EngineClosedError(_CLOSED)
+        if self._progress:
+            self._progress("loading the model", 0, 0)
         s = self.settings
-        return HuggingFaceEngine.load(
+        engine = HuggingFaceEngine.load(
             str(embedded_folder()) if s.model == EMBEDDED else s.model,
             name=_EMBEDDED_NAME if s.model == EMBEDDED else s.model,
             device=s.device,
@@ -231,24 +276,69 @@ class Resources:
             trust_remote_code=s.trust_remote_code,
             linger=s.linger_ms / 1000,
             capacity=s.batch_tokens,
+            queue_size=s.queue_size,
+            timeout=s.timeout,
         )
+        with self._lock:
+            if not self._closed:
+                self._made["engine"] = engine
+                return engine
+        engine.close()  # the graph was closed while it loaded
+        raise EngineClosedError(_CLOSED)
+
+    def _steering(self, direction: Direction) -> Steering:
+        target = self.settings.target_probability
+        p0 = self.profile.target_probability if target is None else target
+        return Steering(direction, self.settings.strength, p0, self.settings.positions)
 
     def _find_directions(self) -> dict[str, Direction]:
-        from vispa_graph.engine.directions import fit_directions
-        from vispa_graph.engine.store import folder_name, is_for, load_directions, manifest_key, save_directions
+        from vispa_graph.engine.directions import separates
 
-        fit = self.fit_settings()
-        key = manifest_key(self.engine.fingerprint, self.taxonomy.fingerprint, fit)
-        shipped = embedded_folder() / "directions"
-        if is_for(shipped, key):
-            return load_directions(shipped, key)
-        folder = self.settings.cache / "directions" / folder_name(key)
-        if folder.exists():
-            return load_directions(folder, key)
-        progress = partial(self._progress, "fitting directions") if self._progress else None
-        directions = fit_directions(self.engine, self.taxonomy, fit, progress)
-        save_directions(folder, directions, key, model_name=self.engine.name)
+        directions = self._fit(self.taxonomy, self.fit_settings())
+        if weak := [value for value, direction in directions.items() if not separates(direction)]:
+            _log.warning(
+                "Directions that do not tell held-out sentences apart: %s. Comments steered by them may not speak for their values.", ", ".join(weak)
+            )
         return directions
+
+    def _find_attribute_direction(self, attribute: str) -> Direction:
+        # Other values' sentences would differ from the templates in wording alone.
+        value = attribute_value(attribute)
+        return self._fit([value], replace(self.fit_settings(), contrast="opposed"))[value.id]
+
+    def _fit(self, values: Iterable[Value], fit: FitSettings) -> dict[str, Direction]:
+        """The directions of values, from the store where they are there."""
+        from vispa_graph.engine.directions import ReadOnce, fit_directions
+        from vispa_graph.engine.store import DirectionStore, folder_name, manifest_key
+
+        reader: Engine | ReadOnce = self.engine
+        dictionary, name = None, None
+        if fit.method == "sae":  # what the dictionary is learned from is read again to fit
+            reader = once = ReadOnce(self.engine)
+            dictionary, name = self._find_dictionary(fit, once)
+        key = manifest_key(self.engine, fit, revision=self.settings.revision, dictionary=name)
+        folder = self.settings.cache / "directions" / folder_name(key)
+        store = DirectionStore(folder, key, model_name=self.engine.name, shipped=embedded_folder() / "directions")
+        progress = partial(self._progress, "fitting directions") if self._progress else None
+        return fit_directions(reader, values, fit, progress, dictionary=dictionary, store=store)
+
+    def _find_dictionary(self, fit: FitSettings, reader: ReadOnce) -> tuple[SparseDictionary, str]:
+        """The sparse dictionary of the settings, or one learned from the states of the taxonomy's sentences and kept in the cache.
+
+        With it what tells it from others.
+        """
+        from vispa_graph.engine.dictionary import learn_dictionary, open_dictionary
+        from vispa_graph.engine.directions import corpus_key, read_corpus
+        from vispa_graph.engine.store import folder_name
+
+        if self.settings.dictionary is not None:
+            given = open_dictionary(self.settings.dictionary, fit.layers)
+            return given, given.fingerprint
+        folder = self.settings.cache / "dictionaries" / folder_name(corpus_key(reader, self.taxonomy, fit.reading))
+        reading = partial(self._progress, "reading for the dictionary") if self._progress else None
+        learning = partial(self._progress, "learning the dictionary") if self._progress else None
+        learned = learn_dictionary(folder, fit.layers, lambda layers: read_corpus(reader, self.taxonomy, fit.reading, layers, reading), learning)
+        return learned, folder.name
 
     def _make_chat_model(self) -> SteeredChatModel:
         from vispa_graph.chat_model import SteeredChatModel
@@ -260,6 +350,7 @@ class Resources:
             max_new_tokens=s.max_new_tokens or self.profile.max_new_tokens,
             temperature=s.temperature,
             seed=s.seed,
+            privacy=self.privacy,
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,14 +15,41 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from vispa_graph.engine.contract import Contrast, Method, Reading
+from vispa_graph.engine.contract import Contrast, Method, Positions, Reading, Solver
 from vispa_graph.errors import SettingsError
 
 EMBEDDED = "embedded"
+Distribution = Literal["comments", "direct", "decoding"]
+
+
+_BLOCKS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
+_FRACTIONS = re.compile(r"([01]?\.\d+|[01])(?:-([01]?\.\d+|[01]))?")
+
+
+def parse_layers(text: str) -> tuple[int, ...] | tuple[float, ...]:
+    """Block numbers and ascending ranges joined by commas (2,3,4 or 10-25), or one range of fractions of the depth (0.3-0.8).
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if "." in text and (found := _FRACTIONS.fullmatch(text.strip())):
+        return float(found[1]), float(found[2] or found[1])
+    numbers: list[int] = []
+    for part in text.split(","):
+        found = _BLOCKS.fullmatch(part.strip())
+        if not found or (found[2] and int(found[2]) < int(found[1])):
+            raise ValueError("layers are numbers from 0 and ascending ranges joined by commas, such as 10-25 or 3,4,5, or fractions such as 0.3-0.8")
+        numbers += range(int(found[1]), int(found[2] or found[1]) + 1)
+    return tuple(numbers)
 
 
 def _default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vispa_graph"
+
+
+def end_tracing_with_the_process() -> None:
+    """Have LangSmith's client send from daemon threads, so that this process does not wait for an endpoint that does not answer."""
+    os.environ.setdefault("LANGSMITH_USE_DAEMON", "true")
 
 
 class Settings(BaseSettings):
@@ -45,15 +73,27 @@ class Settings(BaseSettings):
     )
     trust_remote_code: bool = Field(False, description="Whether a model from the hub may run code of its own on this machine.")
 
-    method: Method | None = Field(None, description="How directions are found: probe, mean_difference or pca.")
+    method: Method | None = Field(None, description="How directions are found: probe, mean_difference, pca or sae.")
     contrast: Contrast | None = Field(None, description="What positive twins are set against when fitting.")
     reading: Reading | None = Field(None, description="How contrastive sentences are read when fitting.")
     regularisation: float | None = Field(None, gt=0, description="C of the logistic regression; 1 in the paper.")
-    layers: tuple[int, ...] | None = Field(
-        None, description="Zero-based decoder blocks to steer; in the paper 10 to 25 of 32, the same fractions elsewhere."
+    solver: Solver = Field("exact", description="How probes are solved: to convergence, or by saga on 70% of the pairs, as in the paper.")
+    dictionary: Path | None = Field(None, description="Folder of a sparse dictionary for the method sae; without one it is learned.")
+    layers: Annotated[tuple[int, ...] | tuple[float, ...] | None, NoDecode] = Field(
+        None,
+        description="Zero-based decoder blocks to steer, such as 2,3,4 or 10-25; or the first and last as fractions of the depth, such as 0.3-0.8. "
+        "In the paper 10 to 25 of 32, the same fractions elsewhere.",
     )
-    strength: float = Field(1.0, ge=0, le=100, description="Multiple of the method's own magnitude; 0 does not steer.")
+    strength: float = Field(
+        1.0, ge=-100, le=100, description="Multiple of the method's own magnitude; 0 does not steer, below 0 values are suppressed."
+    )
+    positions: Positions = Field(
+        "all", description="Which positions are steered: all, as in the paper, or generated ones only, over one shared reading of the prompt."
+    )
     target_probability: float | None = Field(None, gt=0, lt=1, description="P0 of the probe calibration; 0.9 in the paper.")
+    fit_attributes: bool | None = Field(
+        None, description="Whether an attribute outside the taxonomy gets a direction of its own, fitted on the spot; in the paper it does not."
+    )
 
     reranker: str = Field(
         "default",
@@ -70,10 +110,15 @@ class Settings(BaseSettings):
     max_new_tokens: int | None = Field(None, ge=1, le=32768, description="Longest comment in tokens; 200 in the paper.")
     temperature: float = Field(0.0, ge=0, le=10, description="0 for greedy decoding.")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of the sampling, where temperature is above 0.")
+    distribution: Distribution = Field(
+        "comments", description="What a distribution is read after: comments, as in the paper, or the steered prompt itself, direct or decoding."
+    )
+    option_orders: int = Field(1, ge=1, le=26, description="In how many orders the options are shown and averaged over, against position bias.")
     aggregation: Literal["auto", "compose", "generate"] = Field(
         "auto", description="Whether answers are composed of the comments' own sentences or generated by the main language model."
     )
 
+    trace_content: bool = Field(False, description="Whether traces and error reports may hold questions, comments and answers.")
     values: Annotated[tuple[Path, ...], NoDecode] = Field((), description="Folders of your own value files.")
     shipped_values: bool = Field(True, description="Whether the 31 values of vispa_graph are part of the taxonomy.")
     bioethics: bool = Field(False, description="Whether the ten values of the bioethics family are part of the taxonomy, for health care.")
@@ -81,6 +126,8 @@ class Settings(BaseSettings):
     cache: Path = Field(default_factory=_default_cache, description="Folder for indexes and directions.")
     linger_ms: float = Field(15.0, ge=0, le=1000, description="How long a request waits for others to share its batch, in ms.")
     batch_tokens: int = Field(32768, ge=64, description="Largest batch, rows x width in tokens.")
+    queue_size: int = Field(1024, ge=1, description="Most requests that wait for the engine; more are refused as busy.")
+    timeout: float | None = Field(None, gt=0, description="Seconds after which a request to the engine fails; none unless given.")
 
     @field_validator("values", mode="before")
     @classmethod
@@ -89,6 +136,14 @@ class Settings(BaseSettings):
         if not isinstance(value, str):
             return value
         return json.loads(value) if value.startswith("[") else value.split(os.pathsep)
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers(cls, value: Any) -> Any:
+        """The text of a variable is a JSON list, or numbers and ranges."""
+        if not isinstance(value, str):
+            return value
+        return json.loads(value) if value.startswith("[") else parse_layers(value)
 
     @model_validator(mode="wrap")
     @classmethod

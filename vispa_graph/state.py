@@ -50,6 +50,7 @@ class SelectedValue(TypedDict):
     source: str  # the theory or survey the value comes from
     score: float  # 0..1
     reason: str
+    weight: float  # relative, above 0: 1 unless a reviewer chose another
 
 
 class SteeringFacts(TypedDict):
@@ -116,6 +117,8 @@ class Output(TypedDict):
 class State(Door, total=False):
     """Everything a run carries from node to node."""
 
+    made_with: Annotated[dict[str, Any], operator.or_]  # what decides the result; see vispa_graph.provenance
+    turns: list[str]  # the questions this turn is read with, its own last; see vispa_graph.conversation
     candidates: list[Candidate]
     values: list[SelectedValue]
     comments: Annotated[list[Comment], operator.add]  # one task per value adds its own
@@ -132,9 +135,9 @@ class SteerTask(TypedDict):
     query: str
     prompt: str
     value: str
+    attribute: str | None  # where the value is made of it
     mode: Mode
-    model: str
-    settings: str  # fingerprint of the steering settings
+    made_with: dict[str, Any]
 
 
 def check_input(data: Mapping[str, Any]) -> Door:
@@ -189,6 +192,20 @@ def resolve_mode(mode: Any, *, attribute: str | None, population: str | None, op
     if mode == "distributional" and not options:
         raise ModeInputError("The distributional mode needs answer options to spread probability over. Give 2 to 26 of them, or choose another mode.")
     return mode  # type: ignore[no-any-return]
+
+
+def weights(state: State) -> dict[str, float]:
+    """The weight of every selected value, by its id."""
+    return {value["id"]: value["weight"] for value in state["values"]}
+
+
+def unused_inputs(state: Door) -> list[str]:
+    """The inputs that were given but that the mode does not use."""
+    unused = {"overton": ("attribute", "population", "options"), "distributional": ("attribute",), "steerable": ()}[state["mode"]]
+    if state["mode"] == "steerable" and not state["options"]:
+        unused = ("population",)
+    given: dict[str, Any] = {"attribute": state["attribute"], "population": state["population"], "options": state["options"]}
+    return [key for key in unused if given[key]]
 
 
 def check_options(options: Sequence[str]) -> list[str]:

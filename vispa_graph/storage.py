@@ -1,10 +1,11 @@
-"""Writing folders to disk whole or not at all."""
+"""Writing files and folders to disk whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
 
 
@@ -31,3 +32,18 @@ class atomic_folder:
                 raise
         finally:
             shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file in one step: whoever reads it sees all of it or what was there before, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Opened by name and not by mkstemp, which would leave the file to its owner alone.
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any, cast
 
 from langchain_core.runnables import RunnableConfig
-from langchain_core.tools import BaseTool, StructuredTool, ToolException
+from langchain_core.tools import BaseTool, ToolException
 from pydantic import BaseModel, ConfigDict, Field
 
 from vispa_graph.errors import VispaError
 from vispa_graph.graph import PluralGraph
+from vispa_graph.privacy import PrivateTool
 from vispa_graph.state import Input, Mode, Output
 
-_DESCRIPTION = (
+DESCRIPTION = (
     "Answers a value-laden question plurally: what people who hold different values would say about it. Use it when reasonable people "
     "disagree because they care about different things, for example on consent, end of life, or duties in a family; not for facts. "
     "It gives perspectives, not medical or legal advice."
@@ -35,7 +36,7 @@ class Arguments(BaseModel):
     values: list[str] | None = Field(None, description="Values to hear; leave out to have them selected.")
 
 
-def as_tool(graph: PluralGraph, *, name: str = "plural_answer", description: str = _DESCRIPTION) -> BaseTool:
+def as_tool(graph: PluralGraph, *, name: str = "plural_answer", description: str = DESCRIPTION) -> BaseTool:
     """A tool, sync and async, that runs the graph inside the caller's run.
 
     Its content is the answer as text; its artifact the whole output. Bad arguments come back to the agent as a message it can read.
@@ -53,7 +54,8 @@ def as_tool(graph: PluralGraph, *, name: str = "plural_answer", description: str
         except VispaError as error:
             raise ToolException(str(error)) from error
 
-    return StructuredTool.from_function(
+    return PrivateTool.from_function(
+        privacy=graph.resources.privacy,
         func=run,
         coroutine=arun,
         name=name,
@@ -61,7 +63,7 @@ def as_tool(graph: PluralGraph, *, name: str = "plural_answer", description: str
         args_schema=Arguments,
         response_format="content_and_artifact",
         handle_tool_error=True,
-        handle_validation_error=_explain,
+        handle_validation_error=explain_arguments,
     )
 
 
@@ -69,12 +71,17 @@ def _result(output: Any) -> tuple[str, dict[str, Any]]:
     if "__interrupt__" in output:
         raise ToolException("The run has stopped for a person to review the values. It goes on where the graph is resumed.")
     found: Output = output
-    heard = ", ".join(value["name"] for value in found["values"])
-    notes = "".join(f"\nNote: {note}" for note in found["notes"])
-    return f"{found['response']}\n\nValues heard: {heard}.{notes}", dict(found)
+    return answer_text(found), dict(found)
 
 
-def _explain(error: Any) -> str:
+def answer_text(output: Output) -> str:
+    """An output as an agent reads it: the answer, the values heard, and the notes."""
+    heard = ", ".join(value["name"] for value in output["values"])
+    notes = "".join(f"\nNote: {note}" for note in output["notes"])
+    return f"{output['response']}\n\nValues heard: {heard}.{notes}"
+
+
+def explain_arguments(error: Any) -> str:
     """What is wrong with the arguments, without repeating what they held."""
     if not hasattr(error, "errors"):
         return "The arguments do not fit the tool's schema."

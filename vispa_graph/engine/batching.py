@@ -5,86 +5,158 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from vispa_graph.errors import EngineClosedError
+from vispa_graph.errors import BatchError, DeadlineError, EngineBusyError, EngineClosedError, VispaError
 
 P = TypeVar("P")
 
 
 @dataclass(eq=False)
 class Job(Generic[P]):
-    """A request waiting for its batch.
+    """A request, waiting or running.
+
+    The future stays pending until there is a result, so that it can be cancelled at any time.
 
     Attributes:
         kind: Only jobs of one kind run together.
-        size: What it adds to a batch's width, in tokens.
+        prompt: Tokens that it begins with.
+        new: Most tokens that it adds to them. A batch is as wide as its longest prompt and its longest answer together.
+        timeout: Seconds from now until it fails with a `DeadlineError`; None for never.
+        halved: How often the batch it ran in was halved for want of memory.
     """
 
-    kind: str
-    size: int
+    kind: Hashable
+    prompt: int
     payload: P
+    new: int = 0
+    timeout: float | None = None
+    halved: int = 0
     future: Future[Any] = field(default_factory=Future)
+
+    def __post_init__(self) -> None:
+        self._deadline = None if self.timeout is None else time.monotonic() + self.timeout
+        self._lock, self._claimed = threading.Lock(), False
+
+    @property
+    def size(self) -> int:
+        """Its width by itself, in tokens."""
+        return self.prompt + self.new
+
+    def finish(self, result: Any) -> None:
+        """Resolve with a result, unless it was cancelled or has failed."""
+        if self._claim():
+            self.future.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        """Resolve with an error, unless it was cancelled or is done."""
+        if self._claim():
+            self.future.set_exception(error)
+
+    def dropped(self) -> bool:
+        """Whether nobody waits for it any more: done, cancelled, or past its deadline, with which it fails here."""
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self.fail(DeadlineError(f"The request was not answered within {self.timeout:g} s. Give it more time, or ask for fewer tokens."))
+        if self.future.cancelled():
+            self._claim()  # tells those who wait for several futures at once
+        return self.future.done()
+
+    def _claim(self) -> bool:
+        """Whether the caller is the one to resolve it: several threads may try, and whoever asked may have cancelled."""
+        with self._lock:
+            mine, self._claimed = not self._claimed, True
+        return mine and self.future.set_running_or_notify_cancel()
 
 
 class Batcher(Generic[P]):
     """Runs jobs in batches, in the order they came.
 
     Args:
-        run: Called in the worker thread with jobs of one kind; it must resolve every job's future. What it raises fails the jobs
-            whose futures are still open, and the worker goes on.
-        linger: Seconds to wait for more jobs once there is one; without it, clients that ask at the same time never merge.
+        run: Called in the worker thread with jobs of one kind; it must resolve every job. What it raises fails the jobs that are
+            still open, and the worker goes on.
+        linger: Seconds to wait for more jobs once there is one, unless those that wait fill a batch already; without it, clients that ask
+            at the same time never merge.
         capacity: Largest rows x width of a batch, in tokens; a single job may exceed it.
+        queue_size: Most jobs that wait; more are refused.
+        finish: Called in the worker thread when it ends.
     """
 
-    def __init__(self, run: Callable[[Sequence[Job[P]]], None], *, linger: float, capacity: int) -> None:
-        self._run, self._linger, self._capacity = run, linger, capacity
+    def __init__(
+        self,
+        run: Callable[[Sequence[Job[P]]], None],
+        *,
+        linger: float,
+        capacity: int,
+        queue_size: int = 1024,
+        finish: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._run, self._linger, self._capacity, self._queue_size, self._finish = run, linger, capacity, queue_size, finish
         self._waiting: deque[Job[P]] = deque()
+        self._taken: list[Job[P]] = []
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="vispa-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job[P]) -> Future[Any]:
-        """Queue a job.
+    def submit(self, job: Job[P], *, bounded: bool = True) -> Future[Any]:
+        """Queue a job. Its future fails with an `EngineClosedError` after `close`, with an `EngineBusyError` where the queue is full.
 
-        Raises:
-            EngineClosedError: `close` was called.
+        Args:
+            bounded: False for jobs whose caller waits for them anyway before it submits more.
         """
         with self._changed:
-            if self._closed:
-                raise EngineClosedError("The engine is closed. Create a new graph or engine.")
-            self._waiting.append(job)
-            self._changed.notify()
+            closed, busy = self._closed, bounded and len(self._waiting) >= self._queue_size
+            if not closed and not busy:
+                self._waiting.append(job)
+                self._changed.notify()
+        if closed:
+            job.fail(EngineClosedError("The engine is closed. Create a new graph or engine."))
+        elif busy:
+            job.fail(EngineBusyError(f"The engine is busy: {self._queue_size} requests are waiting already. Ask again later, or raise queue_size."))
         return job.future
 
+    def sweep(self) -> None:
+        """Let go of jobs that nobody waits for, in the queue or taken from it; called between the steps of a batch, so that they fail in time."""
+        with self._changed:
+            jobs = [*self._taken, *self._waiting]
+        # Callbacks of their futures run here, and may submit: the lock must be free.
+        dropped = {id(job) for job in jobs if job.dropped()}
+        if dropped:
+            with self._changed:
+                self._waiting = deque(job for job in self._waiting if id(job) not in dropped)
+
     def close(self) -> None:
-        """Refuse what waits, finish what runs. Idempotent; callable from any thread but the worker's."""
+        """Refuse what waits, finish what runs. Idempotent; the worker's own thread does not wait for itself."""
         with self._changed:
             self._closed = True
             waiting, self._waiting = list(self._waiting), deque()
             self._changed.notify()
         for job in waiting:
-            if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(EngineClosedError("The engine was closed before this request ran."))
+            job.fail(EngineClosedError("The engine was closed before this request ran."))
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _work(self) -> None:
-        while (batch := self._next()) is not None:
-            live = [job for job in batch if job.future.set_running_or_notify_cancel()]
-            if not live:
-                continue
-            try:
-                self._run(live)
-            except BaseException as error:
-                # A crash must fail its own requests and no others: whatever it was, the callers get to see it.
-                for job in live:
-                    if not job.future.done():
-                        job.future.set_exception(error)
+        try:
+            while (batch := self._next()) is not None:
+                live = [job for job in batch if not job.dropped()]
+                if not live:
+                    continue
+                with self._changed:
+                    self._taken = live
+                try:
+                    self._run(live)
+                except BaseException as error:
+                    # A crash must fail its own requests and no others: whatever it was, the callers get to see it.
+                    for job in live:
+                        job.fail(as_ours(error))
+                with self._changed:
+                    self._taken = []
+        finally:
+            self._finish()
 
     def _next(self) -> list[Job[P]] | None:
         """Wait for a job, linger for its like, and take as many as fit; None once closed."""
@@ -92,20 +164,38 @@ class Batcher(Generic[P]):
             while not self._waiting and not self._closed:
                 self._changed.wait()
             until = time.monotonic() + self._linger
-            while not self._closed and (left := until - time.monotonic()) > 0:
+            while not self._closed and (left := until - time.monotonic()) > 0 and not self._full():
                 self._changed.wait(left)
             if self._closed:
                 return None
-            first = self._waiting[0]
-            batch: list[Job[P]] = []
-            kept: deque[Job[P]] = deque()
-            width = 0
-            for job in self._waiting:
-                wider = max(width, job.size)
-                if job.kind == first.kind and (not batch or wider * (len(batch) + 1) <= self._capacity):
-                    batch.append(job)
-                    width = wider
-                else:
-                    kept.append(job)
-            self._waiting = kept
+            batch, self._waiting = self._split()
             return batch
+
+    def _full(self) -> bool:
+        """Whether more like the oldest job wait than fit into its batch."""
+        batch, kept = self._split()
+        return any(job.kind == batch[0].kind for job in kept)
+
+    def _split(self) -> tuple[list[Job[P]], deque[Job[P]]]:
+        """The oldest job with those of its kind that fit into a batch with it, and the others."""
+        kind = self._waiting[0].kind
+        batch: list[Job[P]] = []
+        kept: deque[Job[P]] = deque()
+        prompt = new = 0
+        for job in self._waiting:
+            longer, more = max(prompt, job.prompt), max(new, job.new)
+            if job.kind == kind and (not batch or (longer + more) * (len(batch) + 1) <= self._capacity):
+                batch.append(job)
+                prompt, new = longer, more
+            else:
+                kept.append(job)
+        return batch, kept
+
+
+def as_ours(error: BaseException) -> VispaError:
+    """The error itself where it is one of ours, else a `BatchError` caused by it. Its text stays in the cause: it may quote a prompt."""
+    if isinstance(error, VispaError):
+        return error
+    ours = BatchError(f"The model failed while it ran this request ({type(error).__name__}). The engine goes on; the cause is chained to this error.")
+    ours.__cause__ = error
+    return ours

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
 
@@ -47,8 +48,17 @@ class FakeEngine:
         if request.steering:
             layers = request.steering.direction.layers
             p0 = request.steering.target_probability
-            report = SteeringReport(layers, (1.0,) * len(layers), (0.5,) * len(layers), (p0,) * len(layers), 0.1)
-        future.set_result(Generation(text, len(str(request.messages).split()), len(text.split()), "stop", report, 0, 1))
+            report = SteeringReport(
+                layers,
+                (1.0,) * len(layers),
+                (0.5,) * len(layers),
+                (p0,) * len(layers),
+                0.1,
+                request.steering.direction.value,
+                request.steering.positions,
+            )
+        prompt = len(str(request.messages).split())
+        future.set_result(Generation(text, prompt, len(text.split()), "stop", report, 0, 1, batch_width=prompt))
         return future
 
     def score(self, request: ScoreRequest) -> Future[Scores]:
@@ -56,7 +66,12 @@ class FakeEngine:
         self.requests.append(request)
         weights = _generator(str(request.messages)).random(len(request.letters)) + 0.1
         future: Future[Scores] = Future()
-        future.set_result(Scores(tuple(float(w) for w in weights / weights.sum()), 0.9, 0))
+        probabilities = weights / weights.sum()
+        scores = Scores(tuple(float(p) for p in probabilities), 0.9, 0)
+        if request.full:  # a vocabulary of the letters and one other token
+            logits = np.log(np.append(0.9 * probabilities, 0.1)).astype(np.float32)
+            scores = replace(scores, logits=logits, spellings=tuple((number,) for number in range(len(weights))))
+        future.set_result(scores)
         return future
 
     def read(self, conversations: Sequence[str | Sequence[Message]], progress: Callable[[int], None] | None = None) -> Floats:

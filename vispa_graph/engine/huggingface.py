@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import json
+import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -16,35 +21,57 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
-from vispa_graph.engine.batching import Batcher, Job
+from vispa_graph.engine.batching import Batcher, Job, as_ours
+from vispa_graph.engine.checks import check_batching, check_steerable, sharing_problem
 from vispa_graph.engine.contract import Direction, Floats, Generation, GenerationRequest, Message, ScoreRequest, Scores
 from vispa_graph.engine.hooks import BatchPlan, Hooks
-from vispa_graph.engine.layers import block_output, check_layers, decoder_blocks, default_layers
+from vispa_graph.engine.layers import check_layers, decoder_blocks, default_layers
 from vispa_graph.errors import (
+    BatchError,
     ContextLengthError,
+    EngineMemoryError,
     InputError,
     ModelNotFoundError,
     NonFiniteError,
     NotCausalError,
     SettingsError,
     UnsteerableModelError,
+    VispaError,
 )
 from vispa_graph.quiet import quiet
 
 # Contrastive sentences longer than this are cut (the paper's setting).
 _READ_TOKENS = 256
+# Case, accents, digits, blanks, line breaks and punctuation: what tokenizers treat differently.
+_PROBE = "My father, 84, said: “No\u00a0— Café Zürich, ÅNGSTRÖM!”\n\n  I'd\tpay 1,234.50 € (don’t)…  ﬁne 東京 🙂 "
+# Longest entry of a vocabulary that may be a letter, with what marks a blank before it: "\u2581", "\u0120", "\u010a".
+_SPELLING = 4
+
+# Entries of a configuration that change no state; nor do those that its library writes about itself.
+_INDECISIVE = frozenset(
+    {"architectures", "auto_map", "id2label", "label2id", "initializer_range", "output_attentions", "output_hidden_states"}
+    | {"output_router_logits", "return_dict", "use_cache"}
+)
+
+_log = logging.getLogger(__name__)
+
+
+class _Kind(NamedTuple):
+    """What is to be done with requests, and whether their rows share one reading of each prompt."""
+
+    task: Literal["generate", "score", "read"]
+    shared: bool = False
 
 
 @dataclass(eq=False)
 class _Work:
-    """A request with its prompt in tokens, and how many characters of its answer have been passed on."""
+    """A request with its prompt in tokens, and what of its answer has been passed on."""
 
     request: GenerationRequest | ScoreRequest | None
     tokens: list[int]
     cut: int = 0
-    streamed: int = 0
+    streamed: str = ""
 
 
 class HuggingFaceEngine:
@@ -58,16 +85,35 @@ class HuggingFaceEngine:
         name: What traces and manifests call it.
         linger: Seconds that a request waits for others to share its batch.
         capacity: Largest rows x width of a batch, in tokens, prompt and completion together.
+        queue_size: Most requests that wait; more fail with an `EngineBusyError`.
+        timeout: Seconds that requests without a timeout of their own have; None for no end.
 
     Raises:
-        UnsteerableModelError: The blocks cannot be found, or adding a vector at one does not change exactly its output.
+        UnsteerableModelError: The blocks cannot be found, adding a vector at one does not change exactly its output, or a prompt is not
+            answered the same alone and in a batch.
         NotCausalError: What the model makes of a token depends on the tokens after it.
         NonFiniteError: The model's activations are not finite.
+        SettingsError: Some of the model's weights are not in memory.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, linger: float = 0.015, capacity: int = 32768
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        linger: float = 0.015,
+        capacity: int = 32768,
+        queue_size: int = 1024,
+        timeout: float | None = None,
     ) -> None:
+        if not model.can_generate():
+            raise NotCausalError(f"{type(model).__name__} does not generate text: it has no language-model head. Choose a causal language model.")
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise SettingsError(
+                f"Some weights of {type(model).__name__} are not in memory (device_map has put them off to the processor or a disk), so it cannot be "
+                "steered. Give it more or larger devices, a smaller dtype, or the device cpu."
+            )
         self._model = model
         model.train(False)
         self._tokenizer = tokenizer
@@ -79,16 +125,24 @@ class HuggingFaceEngine:
                 )
             tokenizer.pad_token = tokenizer.eos_token
         self._blocks = decoder_blocks(model)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._capacity, self._timeout = capacity, timeout
+        self._lock = threading.Lock()
+        self._stops = _end_tokens(model, tokenizer)
         self._hooks = Hooks(self._blocks)
         try:
             check_steerable(model, self._blocks)
-        except BaseException:
+            vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+            check_batching(type(model).__name__, self._two_steps, vocabulary)
+            self._sharing_problem = sharing_problem(self._two_steps, vocabulary)
+            self._fingerprint = fingerprint(model, tokenizer)
+        except BaseException as error:
             self._hooks.remove()
-            raise
-        self._fingerprint = fingerprint(model)
-        self._lock = threading.Lock()
-        self._batcher: Batcher[_Work] = Batcher(self._run, linger=linger, capacity=capacity)
-        self._capacity = capacity
+            if not isinstance(error, Exception) or isinstance(error, VispaError):
+                raise
+            raise UnsteerableModelError(f"{type(model).__name__} cannot be steered: it fails on a few tokens ({_first_line(error)}).") from error
+        self._letters: dict[str, list[int]] = {}
+        self._batcher: Batcher[_Work] = Batcher(self._run, linger=linger, capacity=capacity, queue_size=queue_size, finish=self._hooks.remove)
 
     @classmethod
     def load(
@@ -103,13 +157,15 @@ class HuggingFaceEngine:
         trust_remote_code: bool = False,
         linger: float = 0.015,
         capacity: int = 32768,
+        queue_size: int = 1024,
+        timeout: float | None = None,
     ) -> HuggingFaceEngine:
         """Load a model from a folder or a hub.
 
         Raises:
             ModelNotFoundError: The folder does not exist, or the hub does not have the model or cannot be reached.
             NotCausalError: What is there is not a causal language model.
-            SettingsError: The device is not there, or too small.
+            SettingsError: The device is not there, or too small; a device map without accelerate.
             UnsteerableModelError, NonFiniteError: See the class.
         """
         folder = Path(model)
@@ -117,6 +173,10 @@ class HuggingFaceEngine:
             if not folder.expanduser().is_dir():
                 raise ModelNotFoundError(f"There is no folder {model}. Give the folder of a saved model, or a name such as Qwen/Qwen3-4B.")
             model = str(folder.expanduser())
+        if device_map is not None and find_spec("accelerate") is None:
+            raise SettingsError(
+                "device_map needs the package accelerate, which is not installed. Install it (pip install accelerate), or give a device."
+            )
         common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         with quiet():
             try:
@@ -144,7 +204,7 @@ class HuggingFaceEngine:
                 raise SettingsError(
                     f"The model cannot be put on the device {device!r} ({_first_line(error)}). Choose another, such as cpu."
                 ) from error
-        return cls(loaded, tokenizer, name=name or model, linger=linger, capacity=capacity)
+        return cls(loaded, tokenizer, name=name or model, linger=linger, capacity=capacity, queue_size=queue_size, timeout=timeout)
 
     @property
     def name(self) -> str:
@@ -153,8 +213,12 @@ class HuggingFaceEngine:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over a sample of every parameter, 64 hex digits."""
+        """See the function `fingerprint`."""
         return self._fingerprint
+
+    @property
+    def _dtype(self) -> str:
+        return str(self._model.dtype).removeprefix("torch.")
 
     @property
     def depth(self) -> int:
@@ -175,20 +239,39 @@ class HuggingFaceEngine:
             "depth": self.depth,
             "width": self.width,
             "default_layers": list(default_layers(self.depth)),
+            "dtype": self._dtype,
             "adds_exactly": True,
+            "same_alone_and_in_a_batch": True,
+            "generated_positions": self._sharing_problem is None,
             "chat_template": self._tokenizer.chat_template is not None,
             "fingerprint": self.fingerprint,
         }
 
     def generate(self, request: GenerationRequest) -> Future[Generation]:
         """Queue a generation."""
-        work = self._prepare(request, request.messages, request.max_new_tokens)
-        return self._batcher.submit(Job("generate", len(work.tokens) + request.max_new_tokens, work))
+        return self._submit(_Kind("generate", _shared(request)), request, request.max_new_tokens)
 
     def score(self, request: ScoreRequest) -> Future[Scores]:
         """Queue a scoring of option letters."""
-        work = self._prepare(request, request.messages, 1)
-        return self._batcher.submit(Job("score", len(work.tokens) + 1, work))
+        return self._submit(_Kind("score", _shared(request)), request, 1)
+
+    def _submit(self, kind: _Kind, request: GenerationRequest | ScoreRequest, new_tokens: int) -> Future[Any]:
+        """Queue a request; what is wrong with it fails its future."""
+        job = Job(kind, 0, _Work(request, []), new_tokens, self._timeout if request.timeout is None else request.timeout)
+        try:
+            self._check(request)
+            job.payload = self._prepare(request, request.messages, new_tokens)
+        except VispaError as error:
+            job.fail(error)
+            return job.future
+        except Exception as error:
+            # The text of the error may quote the conversation: it stays in the cause.
+            ours = InputError(f"The conversation cannot be put into a prompt ({type(error).__name__}). Give turns with a role and a text.")
+            ours.__cause__ = error
+            job.fail(ours)
+            return job.future
+        job.prompt = len(job.payload.tokens)
+        return self._batcher.submit(job)
 
     def read(self, conversations: Sequence[str | Sequence[Message]], progress: Callable[[int], None] | None = None) -> Floats:
         """The states at the last token of each text, [texts, depth, width]; batched by length.
@@ -205,8 +288,8 @@ class HuggingFaceEngine:
         rows = max(1, min(64, self._capacity // 8 // max(1, max(map(len, tokens), default=1))))
         for start in range(0, len(order), rows):
             chunk = order[start : start + rows]
-            jobs = [Job[_Work]("read", len(tokens[index]), _Work(None, tokens[index])) for index in chunk]
-            futures = [self._batcher.submit(job) for job in jobs]
+            jobs = [Job[_Work](_Kind("read"), len(tokens[index]), _Work(None, tokens[index])) for index in chunk]
+            futures = [self._batcher.submit(job, bounded=False) for job in jobs]
             for index, future in zip(chunk, futures, strict=True):
                 states[index] = future.result()
             if progress:
@@ -216,13 +299,33 @@ class HuggingFaceEngine:
     def close(self) -> None:
         """Finish what is running, refuse the rest, take the hooks off."""
         self._batcher.close()
-        self._hooks.remove()
 
     # Prompts
 
+    def _check(self, request: GenerationRequest | ScoreRequest) -> None:
+        """Refuse what would fail in the batch, where it would take its neighbours along."""
+        if isinstance(request, GenerationRequest):
+            if request.max_new_tokens < 1:
+                raise InputError(f"max_new_tokens is {request.max_new_tokens}: ask for at least 1.")
+            if not 0 <= request.temperature < math.inf:
+                raise InputError(f"The temperature {request.temperature} is not a number from 0.")
+            if not 0 <= request.seed < 2**63:
+                raise InputError(f"The seed {request.seed} is not a number from 0 to 2**63 - 1.")
+        elif not 1 <= len(request.letters) <= 26:
+            raise InputError(f"{len(request.letters)} option letters cannot be scored. Give 1 to 26.")
+        else:
+            for letter in request.letters:
+                self._spellings(letter)
+        for part in request.steering.parts if request.steering else ():
+            if not math.isfinite(part.strength) or not 0 < part.target_probability < 1:
+                raise InputError("A strength must be a finite number, and a target probability lie between 0 and 1.")
+            self._check_direction(part.direction)
+        if request.steering and request.steering.positions == "generated" and self._sharing_problem:
+            raise UnsteerableModelError(
+                f"{type(self._model).__name__} cannot be steered at generated positions only: {self._sharing_problem}. Steer all positions."
+            )
+
     def _prepare(self, request: GenerationRequest | ScoreRequest, messages: Sequence[Message], new_tokens: int) -> _Work:
-        if request.steering:
-            self._check_direction(request.steering.direction)
         tokens = self._chat_tokens(messages)
         room = self._context() - new_tokens
         if len(tokens) <= room:
@@ -236,7 +339,6 @@ class HuggingFaceEngine:
         return _Work(request, tokens[:head] + tokens[len(tokens) - (room - head) :], cut=len(tokens) - room)
 
     def _check_direction(self, direction: Direction) -> None:
-        """Refuse what would fail in the batch, where it would take its neighbours along."""
         check_layers(direction.layers, self.depth)
         if direction.vectors.shape != (len(direction.layers), self.width):
             raise UnsteerableModelError(
@@ -248,7 +350,8 @@ class HuggingFaceEngine:
 
     def _context(self) -> int:
         config = self._model.config.get_text_config(decoder=True)
-        limits = [getattr(config, "max_position_embeddings", None), self._tokenizer.model_max_length]
+        # MPT has a name of its own for it.
+        limits = [getattr(config, "max_position_embeddings", None), getattr(config, "max_seq_len", None), self._tokenizer.model_max_length]
         return min([int(limit) for limit in limits if limit] or [1 << 30])
 
     def _raw_tokens(self, text: str) -> list[int]:
@@ -282,20 +385,39 @@ class HuggingFaceEngine:
     # Batches, in the worker thread
 
     def _run(self, jobs: Sequence[Job[_Work]]) -> None:
-        run = {"generate": self._run_generate, "score": self._run_score, "read": self._run_read}[jobs[0].kind]
         with torch.inference_mode():
             for group in self._fitting(jobs):
-                try:
-                    run(group)
-                    left: list[Job[_Work]] = []
-                except Exception as error:
-                    left = [job for job in group if not job.future.done()]
-                    if len(group) == 1 and left:
-                        left.pop().future.set_exception(error)
-                # One request's failure must not become its neighbours': those still open run by themselves, once the failed batch's
-                # memory is free.
+                self._run_group(group)
+
+    def _run_group(self, jobs: Sequence[Job[_Work]]) -> None:
+        """Run jobs in one batch; where it fails, in smaller ones, so that no request's failure becomes its neighbours'."""
+        jobs = [job for job in jobs if not job.dropped()]  # earlier batches of its own took their time
+        if not jobs:
+            return
+        run = {"generate": self._run_generate, "score": self._run_score, "read": self._run_read}[cast(_Kind, jobs[0].kind).task]
+        try:
+            run(jobs)
+            return
+        except Exception as error:
+            left = [job for job in jobs if not job.dropped()]
+            if not left:
+                return
+            memory = _out_of_memory(error)
+            if len(jobs) == 1:
                 for job in left:
-                    self._run([job])
+                    job.fail(_memory_error(job) if memory else as_ours(error))
+                return
+        # Only here, with the error and the frames it holds gone, is the batch's memory free.
+        size = 1
+        if memory:
+            size = (len(left) + 1) // 2
+            _log.warning("A batch of %d rows did not fit into memory; its %d open requests run in batches of %d.", len(jobs), len(left), size)
+            for job in left:
+                job.halved += 1
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        for start in range(0, len(left), size):
+            self._run_group(left[start : start + size])
 
     def _fitting(self, jobs: Sequence[Job[_Work]]) -> list[list[Job[_Work]]]:
         """The jobs in groups whose longest prompt and longest answer fit the context together: a row that is done goes on counting positions."""
@@ -303,7 +425,7 @@ class HuggingFaceEngine:
         for job in jobs:
             for group in groups:
                 together = [*group, job]
-                if max(len(j.payload.tokens) for j in together) + max(j.size - len(j.payload.tokens) for j in together) <= self._context():
+                if max(j.prompt for j in together) + max(j.new for j in together) <= self._context():
                     group.append(job)
                     break
             else:
@@ -313,11 +435,12 @@ class HuggingFaceEngine:
     def _run_generate(self, jobs: Sequence[Job[_Work]]) -> None:
         requests = [cast(GenerationRequest, job.payload.request) for job in jobs]
         plan = BatchPlan([request.steering for request in requests], self._model.device)
-        rows = [_Row(self._tokenizer, job, request, self._stops()) for job, request in zip(jobs, requests, strict=True)]
+        rows = [_Row(self._tokenizer, job, request, self._stops) for job, request in zip(jobs, requests, strict=True)]
+        width = max(len(job.payload.tokens) for job in jobs)
 
         def finished(row: _Row) -> None:
             job, request = row.job, row.request
-            job.future.set_result(
+            job.finish(
                 Generation(
                     text=row.text,
                     prompt_tokens=len(job.payload.tokens),
@@ -326,37 +449,41 @@ class HuggingFaceEngine:
                     steering=plan.report(rows.index(row)) if request.steering else None,
                     cut_tokens=job.payload.cut,
                     batch_rows=len(jobs),
+                    batch_width=width,
+                    dtype=self._dtype,
+                    halved=job.halved,
                 )
             )
 
-        sampler = _Sampler(requests, self._model.device)
-        with self._hooks.steering(plan):
-            self._forward(
-                jobs,
-                max_new_tokens=max(request.max_new_tokens for request in requests),
-                streamer=_Rows(rows, finished),
-                logits_processor=LogitsProcessorList([sampler]),
-                stopping_criteria=StoppingCriteriaList([_Finished(rows)]),
-            )
+        self._forward(
+            jobs,
+            plan,
+            max_new_tokens=max(request.max_new_tokens for request in requests),
+            logits_processor=LogitsProcessorList([_Sampler(requests, self._model.device)]),
+            stopping_criteria=StoppingCriteriaList([_Rows(rows, finished, self._batcher.sweep)]),
+        )
 
     def _run_score(self, jobs: Sequence[Job[_Work]]) -> None:
         requests = [cast(ScoreRequest, job.payload.request) for job in jobs]
         plan = BatchPlan([request.steering for request in requests], self._model.device)
-        with self._hooks.steering(plan):
-            output = self._forward(jobs, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
+        output = self._forward(jobs, plan, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
         logits = output.logits[0].float().cpu()  # [rows, vocabulary]
         if torch.isnan(logits).any():
             raise NonFiniteError("The model's logits are not finite. Try dtype float32 or bfloat16, or a smaller strength.")
         for row, (job, request) in enumerate(zip(jobs, requests, strict=True)):
             probabilities = logits[row].double().softmax(-1)
-            letters = torch.stack([probabilities[self._spellings(letter)].sum() for letter in request.letters])
+            spellings = [self._spellings(letter) for letter in request.letters]
+            letters = torch.stack([probabilities[ids].sum() for ids in spellings])
             mass = float(letters.sum())
             if not mass > 0:
-                job.future.set_exception(
+                job.fail(
                     NonFiniteError("The model gives none of the option letters any probability. Ask it with fewer options or choose another model.")
                 )
                 continue
-            job.future.set_result(Scores(tuple(float(p) for p in letters / mass), mass, job.payload.cut))
+            scores = Scores(tuple(float(p) for p in letters / mass), mass, job.payload.cut)
+            if request.full:
+                scores = replace(scores, logits=logits[row].numpy().copy(), spellings=tuple(map(tuple, spellings)))
+            job.finish(scores)
 
     def _run_read(self, jobs: Sequence[Job[_Work]]) -> None:
         tokens = [job.payload.tokens for job in jobs]
@@ -366,55 +493,81 @@ class HuggingFaceEngine:
         for row, sequence in enumerate(tokens):  # padded right: positions count from the first token in every architecture
             ids[row, : len(sequence)] = torch.tensor(sequence)
             mask[row, : len(sequence)] = 1
+        options = {"logits_to_keep": 1} if self._keeps_logits else {}
         with self._hooks.recording(mask.sum(-1) - 1) as states:
-            self._model(input_ids=ids.to(self._model.device), attention_mask=mask.to(self._model.device), use_cache=False, logits_to_keep=1)
+            self._model(input_ids=ids.to(self._model.device), attention_mask=mask.to(self._model.device), use_cache=False, **options)
         stacked = torch.stack(states, dim=1)  # [rows, depth, width]
         if not torch.isfinite(stacked).all():
             raise NonFiniteError("The model's activations are not finite. Try dtype float32 or bfloat16.")
         for job, state in zip(jobs, stacked, strict=True):
-            job.future.set_result(state.numpy())
+            job.finish(state.numpy())
 
-    def _forward(self, jobs: Sequence[Job[_Work]], **options: Any) -> Any:
-        """Run Hugging Face's own `generate` over left-padded prompts, greedily and without the model's own generation settings."""
-        width = max(len(job.payload.tokens) for job in jobs)
-        ids = torch.full((len(jobs), width), self._tokenizer.pad_token_id)
+    def _forward(self, jobs: Sequence[Job[_Work]], plan: BatchPlan, **options: Any) -> Any:
+        """Generate with a plan; for jobs that share prompts, over caches of all but their last token, read once and unsteered."""
+        prompts = [job.payload.tokens for job in jobs]
+        cache = self._prompt_cache(prompts) if cast(_Kind, jobs[0].kind).shared else None
+        with self._hooks.steering(plan):
+            return self._decode(*self._padded(prompts), past_key_values=cache, **options)
+
+    def _two_steps(self, prompts: Sequence[Sequence[int]], shared: bool) -> torch.Tensor:
+        """Logits [rows, 2, vocabulary] of the first two steps after each prompt, the token between them always the same."""
+        with torch.inference_mode():
+            cache = self._prompt_cache(prompts) if shared else None
+            always = LogitsProcessorList([_Always(1)])
+            options: dict[str, Any] = {"max_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True}
+            output = self._decode(*self._padded(prompts), past_key_values=cache, logits_processor=always, stops=False, **options)
+            return torch.stack(output.logits, dim=1)
+
+    def _prompt_cache(self, prompts: Sequence[Sequence[int]]) -> Any:
+        """The keys and values of each prompt without its last token, one row each; equal prompts are read once. None where that is nothing."""
+        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        ids, mask = self._padded(list(distinct))
+        if ids.shape[1] < 2:
+            return None
+        cache = self._decode(ids[:, :-1], mask[:, :-1], max_new_tokens=1, return_dict_in_generate=True).past_key_values
+        cache.batch_select_indices(torch.tensor([distinct[tuple(prompt)] for prompt in prompts]))
+        return cache
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts as ids and mask [rows, width], padded left."""
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), self._tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
-        for row, job in enumerate(jobs):
-            ids[row, width - len(job.payload.tokens) :] = torch.tensor(job.payload.tokens)
-            mask[row, width - len(job.payload.tokens) :] = 1
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        return ids.to(self._model.device), mask.to(self._model.device)
+
+    def _decode(self, ids: torch.Tensor, mask: torch.Tensor, *, max_new_tokens: int, stops: bool = True, **options: Any) -> Any:
+        """Run Hugging Face's own `generate`, greedily and without the model's own generation settings."""
         settings = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=False,
             num_beams=1,
-            max_new_tokens=options.pop("max_new_tokens"),
-            eos_token_id=self._stops(),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self._stops if stops else None,
             pad_token_id=self._tokenizer.pad_token_id,
             return_dict_in_generate=options.pop("return_dict_in_generate", False),
             output_logits=options.pop("output_logits", False),
         )
         # `generate` would fill what is unset from the model's own settings (sampling, penalties): they must not decide here.
         own, self._model.generation_config = self._model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
-        device = self._model.device
+        given = {name: option for name, option in options.items() if option is not None}
         try:
-            return cast(Any, self._model).generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings, **options)
+            return cast(Any, self._model).generate(input_ids=ids, attention_mask=mask, generation_config=settings, **given)
         finally:
             self._model.generation_config = own
 
-    def _stops(self) -> list[int] | None:
-        """Ids of the tokens that end a text: the tokenizer's, and those the model came with."""
-        if not hasattr(self, "_stop_ids"):
-            own = self._model.generation_config.eos_token_id if self._model.generation_config else None
-            ids = {self._tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-            self._stop_ids = sorted(ids) or None
-        return self._stop_ids
-
     def _spellings(self, letter: str) -> list[int]:
-        """Ids of the single tokens that read as the letter, with or without a space before it."""
-        found = {ids[-1] for text in (letter, f" {letter}") if len(ids := self._tokenize(text, add_special_tokens=False)) == 1}
-        if not found:
-            raise UnsteerableModelError(
-                f"The tokenizer has no single token for the option letter {letter}, so options cannot be scored with this model."
-            )
-        return sorted(found)
+        """Ids of all tokens of the vocabulary that read as the letter, with or without blanks around it."""
+        if letter not in self._letters:
+            short = [(text, number) for text, number in self._tokenizer.get_vocab().items() if letter in text and len(text) <= _SPELLING]
+            found = sorted(number for _, number in short if str(self._tokenizer.decode([number])).strip() == letter)
+            if not found:
+                raise UnsteerableModelError(
+                    f"The tokenizer has no single token for the option letter {letter}, so options cannot be scored with this model."
+                )
+            self._letters[letter] = found
+        return self._letters[letter]
 
 
 class _Row:
@@ -426,6 +579,7 @@ class _Row:
         self.text = ""
         self.stopped = self.done = False
         self._tokenizer, self._stops = tokenizer, frozenset(stops or ())
+        self._before = job.payload.streamed  # in a batch that failed
 
     def add(self, token: int) -> None:
         """Take the next token; sets `done` with the last one."""
@@ -434,45 +588,52 @@ class _Row:
         else:
             self.tokens.append(token)
             self.done = len(self.tokens) >= self.request.max_new_tokens
+        if not self.done and not self.request.on_token:
+            return  # nobody reads the text before it is whole
         # Tidying would take back spaces that have been passed on.
         text = cast(str, self._tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         # A character may span several tokens: wait for the rest of it, unless there is no more.
         if self.done or not text.endswith("\N{REPLACEMENT CHARACTER}"):
             self.text = text
-            if self.request.on_token and len(text) > self.job.payload.streamed:
-                self.request.on_token(text[self.job.payload.streamed :])
-                self.job.payload.streamed = len(text)
+            if self.request.on_token:
+                self._pass_on(text, self.request.on_token)
 
-
-class _Rows(BaseStreamer):
-    """Hands each new token to its row, and reports rows as they finish."""
-
-    def __init__(self, rows: Sequence[_Row], finished: Callable[[_Row], None]) -> None:
-        self._rows, self._finished, self._prompt_seen = rows, finished, False
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self._prompt_seen:  # the first call holds the prompts
-            self._prompt_seen = True
+    def _pass_on(self, text: str, listener: Callable[[str], None]) -> None:
+        """Give the listener what it has not heard. The request fails if it cannot be taken back, or the listener raises."""
+        if not text.startswith(self._before) and (self.done or not self._before.startswith(text)):
+            self._fail("The request was run again after its batch had failed, and its text became another than the one streamed. Ask again.")
             return
-        for row, token in zip(self._rows, value.flatten().tolist(), strict=True):
-            if not row.done:
+        heard = self.job.payload.streamed
+        if len(text) > len(heard):
+            self.job.payload.streamed = text
+            try:
+                listener(text[len(heard) :])
+            except Exception as error:
+                self._fail(f"The listener on_token raised {type(error).__name__}. Mend it; the cause is chained to this error.", error)
+
+    def _fail(self, reason: str, cause: Exception | None = None) -> None:
+        self.done = True
+        failure = BatchError(reason)
+        failure.__cause__ = cause
+        self.job.fail(failure)
+
+
+class _Rows(StoppingCriteria):
+    """Hands each new token to its row, reports rows as they finish, gives up those that nobody waits for, and stops both."""
+
+    def __init__(self, rows: Sequence[_Row], finished: Callable[[_Row], None], sweep: Callable[[], None]) -> None:
+        self._rows, self._finished, self._sweep = rows, finished, sweep
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self._sweep()
+        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
+            if not row.done and row.job.dropped():
+                row.done = True
+            elif not row.done:
                 row.add(token)
                 if row.done:
                     self._finished(row)
-
-    def end(self) -> None:
-        pass
-
-
-class _Finished(StoppingCriteria):
-    """Stops each row at its own limit."""
-
-    def __init__(self, rows: Sequence[_Row]) -> None:
-        self._rows, self._steps = rows, 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        self._steps += 1
-        return torch.tensor([self._steps >= row.request.max_new_tokens for row in self._rows], device=input_ids.device)
+        return torch.tensor([row.done for row in self._rows], device=input_ids.device)
 
 
 class _Sampler(LogitsProcessor):
@@ -482,89 +643,95 @@ class _Sampler(LogitsProcessor):
     """
 
     def __init__(self, requests: Sequence[GenerationRequest], device: torch.device) -> None:
-        self._temperatures = [request.temperature for request in requests]
-        self._generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+        # On the processor, a seed draws the same everywhere; to move the noise to a GPU in each step would cost more than the step.
+        self._device = device if device.type == "cuda" else torch.device("cpu")
+        sampled = [(row, request) for row, request in enumerate(requests) if request.temperature > 0]
+        self._rows = [(row, request.temperature, torch.Generator(self._device).manual_seed(request.seed)) for row, request in sampled]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if torch.isnan(scores).any():
             raise NonFiniteError("The model's logits are not finite. Try dtype float32 or bfloat16, or a smaller strength.")
-        for row, temperature in enumerate(self._temperatures):
-            if temperature > 0:
-                uniform = torch.rand(scores.shape[-1], generator=self._generators[row], dtype=torch.float64).clamp(min=1e-300)
-                scores[row] = scores[row] / temperature - (-uniform.log()).log().to(scores)
+        for row, temperature, generator in self._rows:
+            # Minus the logarithm of an exponential variable is a Gumbel variable.
+            waiting = torch.empty(scores.shape[-1], dtype=torch.float64, device=self._device).exponential_(generator=generator)
+            scores[row] = scores[row] / temperature - waiting.clamp(min=1e-300).log().to(scores)
         return scores
 
 
-def check_steerable(model: PreTrainedModel, blocks: torch.nn.ModuleList) -> None:
-    """Check on a few tokens that what the blocks return is the residual stream.
+class _Always(LogitsProcessor):
+    """Leaves one token to choose."""
 
-    At every block but the last (behind which the final norm comes), the output must be the model's next hidden state, and a vector
-    added to the output of the middle block must arrive in the next block unchanged. No token may see the tokens after it.
+    def __init__(self, token: int) -> None:
+        self._token = token
 
-    Raises:
-        UnsteerableModelError: It is not so.
-        NotCausalError: A token sees the tokens after it, as in an encoder.
-        NonFiniteError: The states are not finite.
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        only = torch.full_like(scores, -torch.inf)
+        only[:, self._token] = 0
+        return only
+
+
+def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256, 64 hex digits, over all that decides a state read from a text.
+
+    That is the configuration as far as it differs from its class's defaults; names, shapes and a strided sample of about 1024 numbers of
+    every parameter and saved buffer; what other buffers hold (the frequencies of rotary positions); the dtype; the tokenizer's
+    vocabulary, how it cuts a text, and its chat template. The same for a model in memory and reloaded, and for any version of its library
+    that keeps these.
     """
-    complaint = f"{type(model).__name__} cannot be steered: "
-    config = model.config.get_text_config(decoder=True)
-    ids = torch.arange(1, 7, device=model.device)[None] % config.vocab_size
-    seen: list[torch.Tensor] = []
-    handles = [block.register_forward_hook(lambda _m, _i, output: seen.append(block_output(output))) for block in blocks]
-    try:
-        with torch.inference_mode():
-            states = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-            first_pass, seen = seen, []
-            model(input_ids=torch.cat([ids[:, :-1], ids[:, :1]], dim=1), use_cache=False)
-            other_end, seen = seen, first_pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    if states is None or len(seen) != len(blocks) or len(states) < len(blocks) + 1:
-        raise UnsteerableModelError(complaint + "its blocks do not each run once in a forward pass.")
-    if not all(torch.isfinite(state).all() for state in seen):
-        raise NonFiniteError(
-            f"The activations of {type(model).__name__} are not finite. Try dtype float32 or bfloat16, or another copy of the weights."
-        )
-    if not all(torch.allclose(one[:, :-1], other[:, :-1], atol=1e-4, rtol=1e-3) for one, other in zip(seen, other_end, strict=True)):
-        raise NotCausalError(
-            f"{type(model).__name__} lets a token see the tokens after it, so it does not generate text. Choose a causal language model."
-        )
-    for layer in range(len(blocks) - 1):
-        if not torch.allclose(seen[layer], states[layer + 1], atol=1e-4, rtol=1e-3):
-            raise UnsteerableModelError(complaint + f"what block {layer} returns is not the model's hidden state {layer + 1}.")
-    if len(blocks) < 2:
-        return
-    middle = (len(blocks) - 2) // 2
-    vector = torch.linspace(-1, 1, seen[middle].shape[-1], device=seen[middle].device, dtype=seen[middle].dtype)
-    arrived: list[torch.Tensor] = []
-
-    def add(_module: object, _inputs: object, output: Any) -> Any:
-        steered = block_output(output) + vector
-        return (steered, *output[1:]) if isinstance(output, tuple) else steered
-
-    def receive(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arrived.append(args[0] if args else kwargs["hidden_states"])
-
-    handles = [blocks[middle].register_forward_hook(add), blocks[middle + 1].register_forward_pre_hook(receive, with_kwargs=True)]
-    try:
-        with torch.inference_mode():
-            model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not torch.equal(arrived[0], seen[middle] + vector.to(seen[middle])):
-        raise UnsteerableModelError(complaint + f"a vector added at block {middle} does not arrive in block {middle + 1}.")
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over names, shapes and a strided sample of up to 1024 numbers of every parameter."""
     digest = hashlib.sha256()
+    saved = model.state_dict(keep_vars=True).keys()
+    derived = set()
+    for name, buffer in model.named_buffers():
+        if name in saved:
+            digest.update(f"{name}{tuple(buffer.shape)}".encode() + _sample(buffer.float()))
+        elif buffer.is_floating_point():
+            # Computed when the model is made: the last bits differ between devices, names and copies between versions of the library.
+            derived.add(_sample(buffer.bfloat16().float()))
     for name, parameter in model.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
-        digest.update(flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy().tobytes())
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + _sample(parameter.detach()))
+    for values in sorted(derived):
+        digest.update(values)
+    # How it cuts a text and not how it is written down, which differs between versions of its library.
+    cut = tokenizer(_PROBE)["input_ids"]
+    config = model.config
+    defaults = {} if getattr(config, "has_no_defaults_at_construction", False) else type(config)().to_dict()
+    identity = [config.model_type, _decisive(config.to_dict(), defaults), str(model.dtype), tokenizer.get_vocab(), cut, tokenizer.chat_template]
+    digest.update(json.dumps(identity, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _sample(values: torch.Tensor) -> bytes:
+    """About 1024 of the numbers, at a stride that walks through all columns."""
+    flat = values.reshape(-1)
+    stride = max(1, flat.numel() // 1024)
+    while values.ndim and math.gcd(stride, values.shape[-1]) > 1:
+        stride += 1
+    return flat[::stride].float().cpu().numpy().tobytes()
+
+
+def _decisive(configuration: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without its defaults, to which versions of its library add, and without what decides no state."""
+    kept = {
+        name: value
+        for name, value in configuration.items()
+        if value != defaults.get(name)
+        and name not in _INDECISIVE
+        and not name.startswith("_")
+        and not name.endswith(("_token_id", "dtype", "version"))
+    }
+    return {name: _decisive(value, defaults.get(name) or {}) if isinstance(value, dict) else value for name, value in kept.items()}
+
+
+def _shared(request: GenerationRequest | ScoreRequest) -> bool:
+    """Whether the request steers generated positions only, over an unsteered reading of its prompt."""
+    return request.steering is not None and request.steering.positions == "generated"
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """Ids of the tokens that end a text: the tokenizer's, and those the model came with."""
+    own = model.generation_config.eos_token_id if model.generation_config else None
+    ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return sorted(ids) or None
 
 
 def _load_error(model: str, error: Exception) -> Exception:
@@ -579,6 +746,19 @@ def _load_error(model: str, error: Exception) -> Exception:
     return ModelNotFoundError(
         f"{model} is neither a folder here nor a model that could be fetched from the hub ({_first_line(error)}). "
         "Check the name and the network, or give the folder of a model saved before."
+    )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; on the processor and on mps torch has no error class for that."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "out of memory"))
+
+
+def _memory_error(job: Job[_Work]) -> EngineMemoryError:
+    return EngineMemoryError(
+        f"One request of {job.size} tokens does not fit into memory by itself. Shorten the prompt, ask for fewer new tokens, or load the model in bfloat16."
     )
 
 

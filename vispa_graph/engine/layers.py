@@ -15,23 +15,31 @@ _FIRST, _LAST, _OF = 10, 25, 32
 
 def default_layers(depth: int) -> tuple[int, ...]:
     """The paper's blocks for a model of `depth` blocks: zero-based, ascending, at least one."""
-    first = min(round(_FIRST / _OF * depth), depth - 1)
-    last = max(first, min(round(_LAST / _OF * depth), depth - 1))
-    return tuple(range(first, last + 1))
+    return check_layers((_FIRST / _OF, _LAST / _OF), depth)
 
 
-def check_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
-    """The layers sorted and without duplicates.
+def check_layers(layers: Sequence[float], depth: int) -> tuple[int, ...]:
+    """The layers as block numbers, ascending and without duplicates.
+
+    Args:
+        layers: Zero-based block numbers; or, as floats from 0 to 1, the first and last block (inclusive) as fractions of the depth.
+        depth: Number of blocks.
 
     Raises:
-        LayerError: There are none, or the model does not have one of them.
+        LayerError: There are none, the model does not have one of them, or fractions are not one or two from 0 to 1, ascending.
     """
-    if not layers:
+    if any(isinstance(layer, float) for layer in layers):
+        if len(layers) > 2 or not all(isinstance(layer, float) and 0 <= layer <= 1 for layer in layers) or layers[0] > layers[-1]:
+            raise LayerError("Fractions of the depth are two, the first and last block, ascending from 0 to 1. Give such as 0.3 and 0.8.")
+        first, last = (min(round(layer * depth), depth - 1) for layer in (layers[0], layers[-1]))
+        return tuple(range(first, last + 1))
+    numbers = {int(layer) for layer in layers}
+    if not numbers:
         raise LayerError("No layer was chosen. Choose at least one, or leave the layers out for the default.")
-    for layer in layers:
+    for layer in sorted(numbers):
         if not 0 <= layer < depth:
             raise LayerError(f"Layer {layer} does not exist: this model has {depth} (0 to {depth - 1}). Choose layers within that range.")
-    return tuple(sorted(set(layers)))
+    return tuple(sorted(numbers))
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:

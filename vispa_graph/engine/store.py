@@ -1,30 +1,49 @@
-"""Fitted directions on disk: safetensors beside a manifest that says what they belong to."""
+"""Fitted directions on disk: safetensors files that are never changed, beside a manifest that says what they belong to.
+
+A file holds some values at some blocks and is named by the digest of its content. Adding a value, or a block, adds a file. So any
+number of processes can fit and read at once without a lock, and a fit that broke off keeps the values that were finished.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from vispa_graph.engine.contract import Direction
-from vispa_graph.engine.directions import FitSettings
+from vispa_graph.engine.contract import Direction, Engine, Floats, Method
 from vispa_graph.errors import StoreError
-from vispa_graph.storage import atomic_folder
+from vispa_graph.storage import write_atomic
 
-_FORMAT = 1
-_TENSORS, _MANIFEST = "directions.safetensors", "manifest.json"
+if TYPE_CHECKING:
+    from vispa_graph.engine.directions import FitSettings
+
+_FORMAT = 2
+_MANIFEST, _SUFFIX, _ENTRIES = "manifest.json", ".safetensors", "directions"
 
 
-def manifest_key(model_fingerprint: str, taxonomy_fingerprint: str, settings: FitSettings) -> dict[str, Any]:
-    """What directions belong to: only directions with an equal key may be used."""
-    return {"format": _FORMAT, "model": model_fingerprint, "taxonomy": taxonomy_fingerprint, **asdict(settings), "layers": list(settings.layers)}
+def manifest_key(engine: Engine, settings: FitSettings, *, revision: str | None = None, dictionary: str | None = None) -> dict[str, Any]:
+    """What a folder of directions belongs to. What is read for a value, and at which blocks, is kept beside each value instead.
+
+    Args:
+        revision: Of the model, as it was asked for.
+        dictionary: Fingerprint of the dictionary that `sae` fits with.
+    """
+    return {
+        "format": _FORMAT,
+        "model": engine.fingerprint,
+        "revision": revision,
+        "method": settings.method,
+        "contrast": settings.contrast,
+        "reading": settings.reading,
+        "regularisation": settings.regularisation,
+        "solver": settings.solver,
+        "dictionary": dictionary,
+    }
 
 
 def folder_name(key: Mapping[str, Any]) -> str:
@@ -32,77 +51,176 @@ def folder_name(key: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def save_directions(folder: Path, directions: Mapping[str, Direction], key: Mapping[str, Any], *, model_name: str) -> None:
-    """Write directions and manifest; the folder appears whole or not at all."""
-    tensors = {}
-    for value, direction in directions.items():
-        tensors[f"{value}.vectors"] = direction.vectors
-        tensors[f"{value}.bias"] = direction.bias
-        tensors[f"{value}.accuracy"] = direction.accuracy
-    with atomic_folder(folder) as temporary:
-        save_file(tensors, temporary / _TENSORS)
-        manifest = {
-            "key": dict(key),
-            "model_name": model_name,
-            "sha256": hashlib.sha256((temporary / _TENSORS).read_bytes()).hexdigest(),
-            "values": {value: {"alpha": d.alpha, "accuracy": [round(float(a), 4) for a in d.accuracy]} for value, d in directions.items()},
-        }
-        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-
-
 def is_for(folder: Path, key: Mapping[str, Any]) -> bool:
     """Whether a folder of directions belongs to a key; a folder that is not there does not."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return bool(_read_manifest(folder)["key"] == dict(key))
+    except StoreError:
         return False
-    return isinstance(manifest, dict) and manifest.get("key") == dict(key)
 
 
-def load_directions(folder: Path, key: Mapping[str, Any]) -> dict[str, Direction]:
-    """Read directions back.
+@dataclass(frozen=True)
+class _Entry:
+    """Where in which file the directions of a value lie."""
+
+    file: Path
+    number: int
+    layers: tuple[int, ...]
+
+
+class DirectionStore:
+    """The directions of one model fitted in one way. Files are memory-mapped, and checked when they are first used.
+
+    Args:
+        folder: Made with its manifest when something is added.
+        key: See `manifest_key`.
+        model_name: For people who read the manifest.
+        shipped: A second folder, only read, and only where it belongs to the same key.
 
     Raises:
-        StoreError: The folder is incomplete or corrupt, or belongs to another model, taxonomy or method.
+        StoreError: The folder is damaged, or belongs to something else.
     """
-    remedy = f"Remove the folder {folder} and they are fitted again."
+
+    def __init__(self, folder: Path, key: Mapping[str, Any], *, model_name: str, shipped: Path | None = None) -> None:
+        self.folder = folder
+        self._manifest = {"key": dict(key), "model_name": model_name}
+        # By value and by the digest of what was read for it.
+        self._entries: dict[tuple[str, str], list[_Entry]] = {}
+        self._checked: set[Path] = set()
+        if shipped is not None and is_for(shipped, key):
+            self._index(shipped)
+        # Another process may be just about to write the manifest of a folder that it made.
+        if (folder / _MANIFEST).exists() or any(folder.glob(f"[!.]*{_SUFFIX}")):
+            stored = _read_manifest(folder)["key"]
+            if different := sorted(name for name in {*stored, *key} if stored.get(name) != key.get(name)):
+                raise StoreError(f"The stored directions in {folder} belong to something else: {', '.join(different)} differ. {_remedy(folder)}")
+            self._index(folder)
+
+    def layers(self, value: str, source: str) -> frozenset[int]:
+        """The blocks at which a value is there, fitted from what `source` is the digest of."""
+        return frozenset(layer for entry in self._entries.get((value, source), ()) for layer in entry.layers)
+
+    @property
+    def sources(self) -> list[tuple[str, str]]:
+        """The value and the digest of what was read for it, of all that is there."""
+        return list(self._entries)
+
+    def add(self, direction: Direction, source: str) -> None:
+        """Keep a direction at its blocks."""
+        self.add_all([(direction, source)])
+
+    def add_all(self, directions: Sequence[tuple[Direction, str]]) -> None:
+        """Keep directions, each with the digest of what was read for it, in one file.
+
+        Raises:
+            StoreError: One holds numbers that are not finite.
+        """
+        from safetensors.numpy import save
+
+        tensors: dict[str, Floats] = {}
+        for number, (direction, _) in enumerate(directions):
+            found = {"vectors": direction.vectors, "bias": direction.bias, "accuracy": direction.accuracy}
+            if direction.held_out is not None:
+                found["held_out"] = direction.held_out
+            if not all(np.isfinite(array).all() for array in found.values()):
+                raise StoreError(
+                    f"The direction of {direction.value} holds numbers that are not finite, so it is not kept. Try dtype float32, or another method."
+                )
+            tensors |= {f"{number}.{name}": np.ascontiguousarray(array) for name, array in found.items()}
+        entries = [{"value": d.value, "source": source, "layers": list(d.layers)} for d, source in directions]
+        content = save(tensors, {_ENTRIES: json.dumps(entries)})
+        if not (self.folder / _MANIFEST).exists():
+            write_atomic(self.folder / _MANIFEST, json.dumps(self._manifest, indent=1).encode())
+        path = self.folder / f"{_digest(content)}{_SUFFIX}"
+        write_atomic(path, content)
+        self._index_file(path)
+
+    def load(self, value: str, source: str, method: Method, layers: Sequence[int]) -> Direction:
+        """A direction that is there at all these blocks, with a magnitude of 1.
+
+        Raises:
+            StoreError: A file is damaged, or holds numbers that are not finite.
+        """
+        rows: dict[str, list[Floats]] = {"vectors": [], "bias": [], "accuracy": [], "held_out": []}
+        order: list[int] = []
+        for entry in self._entries[value, source]:
+            wanted = [layer for layer in layers if layer in entry.layers and layer not in order]
+            if wanted:
+                order += wanted
+                for name, array in self._read(entry, wanted).items():
+                    rows[name].append(array)
+        sorting = np.argsort(order)
+
+        def joined(name: str) -> Floats:
+            # One file is the rule, and stays a view of the mapped file.
+            return rows[name][0] if len(rows[name]) == 1 else np.concatenate(rows[name])[sorting]
+
+        held_out = joined("held_out") if len(rows["held_out"]) == len(rows["vectors"]) else None
+        return Direction(value, method, tuple(layers), joined("vectors"), joined("bias"), 1.0, joined("accuracy"), held_out)
+
+    def _index(self, folder: Path) -> None:
+        # In a fixed order, so that of two equal fits every process takes the same.
+        for path in sorted(folder.glob(f"[!.]*{_SUFFIX}")):
+            self._index_file(path)
+
+    def _index_file(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                entries = json.loads(file.metadata()[_ENTRIES])
+            for number, entry in enumerate(entries):
+                where = self._entries.setdefault((str(entry["value"]), str(entry["source"])), [])
+                where.append(_Entry(path, number, tuple(map(int, entry["layers"]))))
+        except (OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
+            raise StoreError(f"The stored directions in {path} cannot be read ({type(error).__name__}). {_remedy(path)}") from error
+
+    def _read(self, entry: _Entry, layers: Sequence[int]) -> dict[str, Floats]:
+        """The arrays of an entry at some of its blocks, views of the mapped file where those lie side by side."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            if entry.file not in self._checked and _digest(entry.file.read_bytes()) != entry.file.stem:
+                raise StoreError(f"The stored directions in {entry.file} are damaged: they are not what was written. {_remedy(entry.file)}")
+            with safe_open(entry.file, framework="pt") as file:
+                arrays = {
+                    name: file.get_tensor(key).numpy()
+                    for name in ("vectors", "bias", "accuracy", "held_out")
+                    if (key := f"{entry.number}.{name}") in file.keys()  # noqa: SIM118, the file is no mapping
+                }
+        except (OSError, TypeError, ValueError, SafetensorError) as error:
+            raise StoreError(f"The stored directions in {entry.file} cannot be read ({type(error).__name__}). {_remedy(entry.file)}") from error
+        if problem := _problem(arrays, len(entry.layers)):
+            raise StoreError(f"The stored directions in {entry.file} {problem}. {_remedy(entry.file)}")
+        self._checked.add(entry.file)
+        places = [entry.layers.index(layer) for layer in layers]
+        if places == list(range(places[0], places[0] + len(places))):
+            return {name: array[places[0] : places[0] + len(places)] for name, array in arrays.items()}
+        return {name: array[places] for name, array in arrays.items()}
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        content = (folder / _TENSORS).read_bytes()
-        if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
-            raise StoreError(f"The stored directions in {folder} are damaged: their checksum differs from the manifest's. {remedy}")
-        different = [name for name in key if manifest["key"].get(name) != key[name]]
-        if different:
-            raise StoreError(f"The stored directions in {folder} belong to something else: {', '.join(different)} differ. {remedy}")
-        tensors = load_file(folder / _TENSORS)
-        directions = {
-            value: Direction(
-                value=value,
-                method=key["method"],
-                layers=tuple(key["layers"]),
-                vectors=tensors[f"{value}.vectors"],
-                bias=tensors[f"{value}.bias"],
-                alpha=float(entry["alpha"]),
-                accuracy=tensors[f"{value}.accuracy"],
-            )
-            for value, entry in manifest["values"].items()
-        }
-    except (OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
-        raise StoreError(f"The stored directions in {folder} cannot be read ({type(error).__name__}). {remedy}") from error
-    if len(tensors) != 3 * len(directions):
-        raise StoreError(f"The stored directions in {folder} are not those that their manifest lists. {remedy}")
-    for direction in directions.values():
-        if problem := _problem(direction):
-            raise StoreError(f"The stored directions in {folder} {problem}. {remedy}")
-    return directions
+        if not isinstance(manifest["key"], dict):
+            raise TypeError
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"The stored directions in {folder} cannot be read ({type(error).__name__}). {_remedy(folder)}") from error
+    return dict(manifest)
 
 
-def _problem(direction: Direction) -> str | None:
-    """What is wrong with a direction's numbers, if anything."""
-    arrays = (direction.vectors, direction.bias, direction.accuracy)
-    if not all(np.isfinite(array).all() for array in (*arrays, direction.alpha)):
-        return "hold numbers that are not finite"
-    layers = (len(direction.layers),)
-    if direction.vectors.ndim != 2 or direction.vectors.shape[:1] != layers or direction.bias.shape != layers or direction.accuracy.shape != layers:
+def _problem(arrays: Mapping[str, Floats], layers: int) -> str | None:
+    """What is wrong with the arrays of a direction, if anything."""
+    if not {"vectors", "bias", "accuracy"} <= set(arrays):
+        return "lack some of their arrays"
+    if arrays["vectors"].ndim != 2 or any(len(array) != layers or (name != "vectors" and array.ndim != 1) for name, array in arrays.items()):
         return "have other shapes than their layers ask for"
-    return None
+    return None if all(np.isfinite(array).all() for array in arrays.values()) else "hold numbers that are not finite"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _remedy(path: Path) -> str:
+    return f"Remove {path} and what it held is fitted again."

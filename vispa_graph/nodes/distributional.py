@@ -2,44 +2,80 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
 
+from vispa_graph.conversation import in_context
 from vispa_graph.errors import AggregationError
 from vispa_graph.resources import Resources
-from vispa_graph.scoring import option_prompt, score_by_chat, score_locally
-from vispa_graph.state import Comment, State
+from vispa_graph.scoring import Ballot, decode_plurally, mean_distribution, option_prompt, rotations, score_by_chat, score_locally
+from vispa_graph.state import Comment, State, weights
 
 
 def distributional(state: State, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
-    """The mean over comments of the option probabilities given each comment.
+    """The mean over comments of the option probabilities given each comment, by the weights of their values; or read from the steered model.
 
     Raises:
         AggregationError: No comment holds text, or no answer of the main language model could be read.
     """
-    comments = [comment for comment in state["comments"] if comment["text"]]
-    distribution, notes = option_distribution(state, comments, config, resources)
+    if resources.settings.distribution == "comments":
+        comments = [comment for comment in state["comments"] if comment["text"]]
+        distribution, notes = option_distribution(state, comments, config, resources)
+    else:
+        distribution, notes = steered_distribution(state, config, resources)
     return {"distribution": distribution, "response": in_words(distribution), "attribution": [], "notes": notes}
 
 
 def option_distribution(state: State, comments: list[Comment], config: RunnableConfig, resources: Resources) -> tuple[dict[str, float], list[str]]:
-    """The mean distribution over the options given the comments; sums to 1."""
+    """The weighted mean distribution over the options given the comments; sums to 1."""
     if not comments:
         raise AggregationError("No comment holds any text, so there is nothing to score the options by. Try a smaller strength or another model.")
-    options = state["options"] or []
-    prompts = [option_prompt(state["query"], options, comment, state["population"]) for comment in comments]
+    ballots = [
+        Ballot(c["name"], order, _prompt(state, order, c["text"]), None, c["value"], weights(state)[c["value"]])
+        for c in comments
+        for order in _orders(state, resources)
+    ]
+    rows: Sequence[Sequence[float] | None]
     if resources.main_llm is None:
-        scored, notes = score_locally(resources.engine, prompts, comments, len(options))
-        rows: list[list[float]] = scored
+        rows, notes = score_locally(resources.engine, ballots, config)
     else:
-        answers, notes = score_by_chat(resources.main_llm, prompts, comments, len(options), config)
-        rows = [row for row in answers if row is not None]
-    if not rows:
+        rows, notes = score_by_chat(resources.summariser, ballots, config)
+    mean = mean_distribution(ballots, rows)
+    if mean is None:
         raise AggregationError("None of the main language model's answers could be read as an option letter. Try another main language model.")
-    means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-    total = sum(means)
-    return {option: mean / total for option, mean in zip(options, means, strict=True)}, notes
+    return _named(state, mean), notes
+
+
+def steered_distribution(state: State, config: RunnableConfig, resources: Resources) -> tuple[dict[str, float], list[str]]:
+    """The distribution read from one steered prefill a value, no comment made: the mean of the values', or decoded from all together."""
+    orders = _orders(state, resources)
+    ballots = [
+        Ballot(value["name"], order, _prompt(state, order, None), resources.steering(value["id"]), value["id"], value["weight"])
+        for value in state["values"]
+        for order in orders
+    ]
+    if resources.settings.distribution == "direct":
+        rows, notes = score_locally(resources.engine, ballots, config)
+        mean = mean_distribution(ballots, rows)
+    else:
+        rows, notes = decode_plurally(resources.engine, ballots, config)
+        mean = mean_distribution([Ballot("", order, "") for order in orders], rows)
+    return _named(state, mean or []), notes
+
+
+def _orders(state: State, resources: Resources) -> list[tuple[int, ...]]:
+    return rotations(len(state["options"] or []), resources.settings.option_orders)
+
+
+def _prompt(state: State, order: Sequence[int], passage: str | None) -> str:
+    options = state["options"] or []
+    return option_prompt(in_context(state), [options[number] for number in order], passage, state["population"])
+
+
+def _named(state: State, probabilities: Sequence[float]) -> dict[str, float]:
+    return dict(zip(state["options"] or [], probabilities, strict=True))
 
 
 def in_words(distribution: dict[str, float]) -> str:

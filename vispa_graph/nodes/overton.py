@@ -8,11 +8,13 @@ from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableConfig
 
 from vispa_graph.composing import attribute_sentences, telling_sentences
+from vispa_graph.conversation import in_context
 from vispa_graph.errors import AggregationError
 from vispa_graph.passages import incomplete, number_passages
 from vispa_graph.prompts import fence, load_prompt
 from vispa_graph.resources import Resources
-from vispa_graph.state import State
+from vispa_graph.state import State, weights
+from vispa_graph.tracing import traced
 
 
 def overton(state: State, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
@@ -21,15 +23,17 @@ def overton(state: State, config: RunnableConfig, *, resources: Resources) -> di
     Raises:
         AggregationError: There is nothing to say: all comments, or the summary, came back empty.
     """
-    comments = [comment for comment in state["comments"] if comment["text"]]
+    # What weighs most is told first.
+    heavier = weights(state)
+    comments = sorted((comment for comment in state["comments"] if comment["text"]), key=lambda comment: -heavier[comment["value"]])
     if not comments:
         raise AggregationError("No comment holds any text, so there is nothing to aggregate. Try a smaller strength or another model.")
     if resources.composes:
-        attribution = telling_sentences(state["query"], comments, resources.taxonomy, resources.encoder)
+        attribution = traced("compose", lambda: telling_sentences(in_context(state), comments, resources.taxonomy, resources.encoder), config)
         names = [", ".join(resources.taxonomy[value].name for value in a["values"]) for a in attribution]
         views = "\n".join(f"- {name}: {a['sentence']}" for name, a in zip(names, attribution, strict=True))
         return {"response": load_prompt("compose_overton").render(views=views), "attribution": attribution}
-    prompt = load_prompt("overton").render(query=fence(state["query"]), passages=number_passages(comments))
+    prompt = load_prompt("overton").render(query=fence(in_context(state)), passages=number_passages(comments))
     message = resources.summariser.invoke([HumanMessage(prompt)], {**config, "run_name": "summarise"})
     response = message.text.strip()
     if not response:

@@ -9,32 +9,55 @@ from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.config import get_stream_writer
 
+from vispa_graph.attributes import ATTRIBUTE, attribute_value
 from vispa_graph.chat_model import SteeredChatModel
-from vispa_graph.engine.contract import Steering
+from vispa_graph.engine.contract import Direction, Steering
+from vispa_graph.provenance import refuse_other_settings
 from vispa_graph.resources import Resources
 from vispa_graph.state import Comment, SteeringFacts, SteerTask
+from vispa_graph.taxonomy_index import Value
 
 
 def steer(task: SteerTask, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
-    """One comment; the engine batches the tasks of a step into one forward pass."""
-    model = resources.chat_model.for_value(task["value"])
-    return _finish(task, model, model.invoke([HumanMessage(task["prompt"])], _labelled(task, model, config)), resources)
+    """One comment; the engine batches the tasks of a step into one forward pass.
+
+    Raises:
+        ResumeError: The task belongs to a run that was begun with other settings or models.
+    """
+    model = _model(task, resources)
+    return _finish(task, model, model.invoke([HumanMessage(task["prompt"])], _labelled(task, model, config, resources)), resources)
 
 
 async def asteer(task: SteerTask, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
     """The same without holding a thread while the engine works."""
     # Loading a model or fitting directions must not hold up the event loop.
-    model = await asyncio.to_thread(lambda: resources.chat_model.for_value(task["value"]))
-    return _finish(task, model, await model.ainvoke([HumanMessage(task["prompt"])], _labelled(task, model, config)), resources)
+    model = await asyncio.to_thread(_model, task, resources)
+    return _finish(task, model, await model.ainvoke([HumanMessage(task["prompt"])], _labelled(task, model, config, resources)), resources)
 
 
-def _labelled(task: SteerTask, model: SteeredChatModel, config: RunnableConfig) -> RunnableConfig:
-    """The run's configuration with a stable name and tags for viewers; never any user text."""
-    method = model.steering.direction.method if model.steering else "unsteered"
+def _model(task: SteerTask, resources: Resources) -> SteeredChatModel:
+    refuse_other_settings(task["made_with"], resources)
+    if task["value"] != ATTRIBUTE:
+        return resources.chat_model.for_value(task["value"])
+    return resources.chat_model.model_copy(update={"steering": resources.attribute_steering(task["attribute"] or "")})
+
+
+def _labelled(task: SteerTask, model: SteeredChatModel, config: RunnableConfig, resources: Resources) -> RunnableConfig:
+    """The run's configuration with a stable name, tags and facts for viewers; never any user text."""
+    steering = model.steering
+    facts: dict[str, Any] = {
+        "value": task["value"],
+        "family": ATTRIBUTE if task["value"] == ATTRIBUTE else resources.taxonomy[task["value"]].family,
+        "mode": task["mode"],
+        "method": resources.method,
+    }
+    if steering:
+        facts |= {"layers": list(steering.direction.layers), "strength": steering.strength, "target_probability": steering.target_probability}
+    tags = [*config.get("tags", []), f"mode:{task['mode']}", f"method:{resources.method}"]
     labels: RunnableConfig = {
         "run_name": f"steer {task['value']}",
-        "tags": [*config.get("tags", []), f"mode:{task['mode']}", f"method:{method}"],
-        "metadata": {**config.get("metadata", {}), "value": task["value"]},
+        "tags": list(dict.fromkeys(tags)),
+        "metadata": {**config.get("metadata", {}), **facts, "seed": model.seed},
     }
     return {**config, **labels}
 
@@ -43,7 +66,7 @@ def _facts(steering: Steering | None, report: dict[str, Any] | None) -> Steering
     if steering is None or report is None:
         return None
     return SteeringFacts(
-        method=steering.direction.method,
+        method=steering.method,
         layers=report["layers"],
         magnitude=report["magnitude"],
         before=report["before"],
@@ -53,7 +76,8 @@ def _facts(steering: Steering | None, report: dict[str, Any] | None) -> Steering
 
 
 def _finish(task: SteerTask, model: SteeredChatModel, message: AIMessage, resources: Resources) -> dict[str, Any]:
-    value = resources.taxonomy[task["value"]]
+    own = task["value"] == ATTRIBUTE
+    value = attribute_value(task["attribute"] or "") if own else resources.taxonomy[task["value"]]
     facts = message.response_metadata
     comment = Comment(
         value=value.id,
@@ -64,11 +88,21 @@ def _finish(task: SteerTask, model: SteeredChatModel, message: AIMessage, resour
         steering=_facts(model.steering, facts["steering"]),
     )
     get_stream_writer()({"step": "comment", "value": value.id, "tokens": comment["tokens"]})
-    notes = []
+    notes = [_fitted(value, model.steering.direction)] if own and model.steering else []
     if facts["cut_tokens"]:
         notes.append(
             f"The text was too long for the model's context: {facts['cut_tokens']} tokens in its middle were left out of the comment from {value.name}."
         )
     if not comment["text"]:
         notes.append(f"The model had nothing to say from {value.name}.")
-    return {"comments": [comment], "notes": notes}
+    return {"comments": [comment], "notes": notes, "made_with": task["made_with"]}
+
+
+def _fitted(value: Value, direction: Direction) -> str:
+    """What the reader must know of a direction that was fitted for an attribute."""
+    from vispa_graph.engine.directions import separates
+
+    note = f"The taxonomy holds no such attribute, so a direction toward {value.name} was fitted on {len(value.all_pairs)} pairs made from templates."
+    if direction.held_out is not None:
+        note += f" It tells {direction.held_out.mean():.0%} of the sentences held out apart (50% is chance)."
+    return note if separates(direction) else f"{note} That is too little for an answer to rest on its comment."

@@ -8,14 +8,16 @@ from typing import Any
 from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableConfig
 
-from vispa_graph.attributes import read_attribute
+from vispa_graph.attributes import ATTRIBUTE, read_attribute
 from vispa_graph.composing import attribute_sentences, nearest_comment, split_sentences
+from vispa_graph.conversation import in_context
 from vispa_graph.errors import AggregationError
 from vispa_graph.nodes.distributional import in_words, option_distribution
 from vispa_graph.passages import incomplete, number_passages
 from vispa_graph.prompts import fence, load_prompt
 from vispa_graph.resources import Resources
 from vispa_graph.state import Comment, State
+from vispa_graph.tracing import traced
 
 
 def steerable(state: State, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
@@ -33,10 +35,10 @@ def steerable(state: State, config: RunnableConfig, *, resources: Resources) -> 
         distribution, more = option_distribution(state, [comment], config, resources)
         return update | {"distribution": distribution, "response": in_words(distribution), "attribution": [], "notes": notes + more}
     if resources.composes:
-        attribution = [{"sentence": s, "values": [comment["value"]]} for s in split_sentences(comment["text"])]
+        attribution = traced("compose", lambda: [{"sentence": s, "values": [comment["value"]]} for s in split_sentences(comment["text"])], config)
         return update | {"response": comment["text"], "attribution": attribution, "notes": notes}
     prompt = load_prompt("steerable_answer").render(
-        query=fence(state["query"]), passage=fence(comment["text"]), attribute=fence(read_attribute(state["attribute"] or "").text)
+        query=fence(in_context(state)), passage=fence(comment["text"]), attribute=fence(read_attribute(state["attribute"] or "").text)
     )
     message = resources.summariser.invoke([HumanMessage(prompt)], {**config, "run_name": "answer"})
     response = message.text.strip()
@@ -54,12 +56,19 @@ def _choose(state: State, comments: list[Comment], config: RunnableConfig, resou
         for comment in comments:
             if comment["value"] == value:
                 return comment, "the attribute names this value", []
+    for comment in comments:
+        if comment["value"] == ATTRIBUTE:
+            if len(comments) == 1 or resources.steers_toward(asked):
+                return comment, "made by steering toward the attribute itself", []
+            comments = [other for other in comments if other is not comment]
     attribute = read_attribute(asked)
     nearest = nearest_comment(attribute.text, comments, resources.taxonomy, resources.encoder)
     if resources.composes:
-        note = "No comment was made from the attribute itself: the answer is the comment whose value and text are nearest to it."
+        note = "The answer was not made from the attribute itself: it is the comment whose value and text are nearest to it."
         return nearest, "nearest to the attribute by sentence embedding", [note]
-    prompt = load_prompt("steerable_choose").render(query=fence(state["query"]), passages=number_passages(comments), attribute=fence(attribute.text))
+    prompt = load_prompt("steerable_choose").render(
+        query=fence(in_context(state)), passages=number_passages(comments), attribute=fence(attribute.text)
+    )
     message = resources.summariser.invoke([HumanMessage(prompt)], {**config, "run_name": "choose"})
     cut = [] if not message.response_metadata.get("cut_tokens") else incomplete(message, "choice")
     numbers = {int(n) for n in re.findall(r"\d{1,3}", message.text)} & set(range(1, len(comments) + 1))

@@ -19,6 +19,7 @@ PLACEHOLDERS: dict[str, frozenset[str]] = {
     "comment_attribute": frozenset({"attribute", "text"}),
     "population": frozenset({"population"}),
     "score_options": frozenset({"passage", "query", "options"}),
+    "score_options_direct": frozenset({"query", "options"}),
     "rerank_values": frozenset({"query", "values"}),
     "overton": frozenset({"query", "passages"}),
     "steerable_choose": frozenset({"query", "passages", "attribute"}),

@@ -39,7 +39,8 @@ class TaxonomyRetriever(BaseRetriever):
 class ValueReranker(BaseRetriever):
     """The values at stake, best first, from candidates that a retriever found; one document a value, its definition as text.
 
-    Give the candidates with each call: `reranker.invoke(query, candidates=documents)`.
+    Give the candidates with each call: `reranker.invoke(query, candidates=documents)`. Metadata says what moved and why: `rank` from 1,
+    `retrieved` the place that the nearest phrase gave the value, `reason` the phrase that spoke for it.
 
     Attributes:
         k: The most values to choose.
@@ -63,10 +64,18 @@ class ValueReranker(BaseRetriever):
             hits = [Hit(self.index.phrases[d.metadata["row"]], d.metadata["score"], d.metadata["row"]) for d in candidates]
         ranked = self.selector.rank(query, hits, {"callbacks": run_manager.get_child()})
         likeness = self.index.likeness([selected.value for selected in ranked]) if self.diversity else None
+        places = {value: place for place, value in enumerate(dict.fromkeys(value for hit in hits for value in hit.phrase.weights), 1)}
+        chosen = choose(ranked, self.k, min_score=self.min_score, diversity=self.diversity, likeness=likeness)
         return [
             Document(
                 page_content=self.index.taxonomy[selected.value].definition,
-                metadata={"value": selected.value, "score": selected.score, "reason": selected.reason},
+                metadata={
+                    "value": selected.value,
+                    "score": selected.score,
+                    "reason": selected.reason,
+                    "rank": place,
+                    "retrieved": places.get(selected.value),
+                },
             )
-            for selected in choose(ranked, self.k, min_score=self.min_score, diversity=self.diversity, likeness=likeness)
+            for place, selected in enumerate(chosen, 1)
         ]

@@ -1,4 +1,4 @@
-"""Encode the shipped phrases and write their vectors into the package.
+"""Encode the shipped phrases and write their vectors into the package; those that are there already are kept.
 
 python -m training.phrase_vectors
 """
@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from vispa_graph.taxonomy_index import SentenceEncoder, Taxonomy
 from vispa_graph.taxonomy_index.index import phrases_of
-from vispa_graph.taxonomy_index.precomputed import FILE, digest
+from vispa_graph.taxonomy_index.precomputed import FILE, digest, encode_phrases
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     encoder = SentenceEncoder()
     digests = digest(texts)
     order = np.argsort(digests)
-    vectors = encoder.encode(texts).astype(np.float16)[order]
+    vectors = encode_phrases(texts, encoder).astype(np.float16)[order]
     save_file({"digests": digests[order], "vectors": vectors}, FILE, metadata={"encoder": encoder.fingerprint})
     print(f"{len(texts)} phrases, {FILE.stat().st_size / 2**20:.1f} MiB: {FILE}")
 

@@ -2,8 +2,9 @@
 
 from vispa_graph.taxonomy_index.encoder import Encoder, SentenceEncoder
 from vispa_graph.taxonomy_index.index import Hit, Phrase, TaxonomyIndex
+from vispa_graph.taxonomy_index.phrase_index import Entry, EntryHit, PhraseIndex
 from vispa_graph.taxonomy_index.taxonomy import FORMS, Concern, Form, Pair, Situation, Taxonomy, Value
 
 __all__ = [
-    "FORMS", "Concern", "Encoder", "Form", "Hit", "Pair", "Phrase", "SentenceEncoder", "Situation", "Taxonomy", "TaxonomyIndex", "Value",
+    "FORMS", "Concern", "Encoder", "Entry", "EntryHit", "Form", "Hit", "Pair", "Phrase", "PhraseIndex", "SentenceEncoder", "Situation", "Taxonomy", "TaxonomyIndex", "Value",
 ]  # fmt: skip

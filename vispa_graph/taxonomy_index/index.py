@@ -108,7 +108,8 @@ class TaxonomyIndex:
         """Embed all phrases, index them, and solve for their pull."""
         phrases = phrases_of(taxonomy)
         vectors = encode_phrases([phrase.text for phrase in phrases], encoder)
-        pull = kernel.solve(vectors, [phrase.weights for phrase in phrases], taxonomy.ids)
+        labels = np.array([[phrase.weights.get(value, 0.0) for value in taxonomy.ids] for phrase in phrases], dtype=np.float32)
+        pull = kernel.solve(vectors, labels, np.array([phrase.kind not in OWN for phrase in phrases]))
         source = np.array([phrase.source if phrase.kind in OWN else "" for phrase in phrases])
         centroids = np.stack([vectors[source == value].mean(axis=0) for value in taxonomy.ids])
         return cls(taxonomy, encoder, vector_index(vectors), pull, centroids)
@@ -187,5 +188,5 @@ class TaxonomyIndex:
 
 
 def _key(taxonomy: Taxonomy, encoder: Encoder) -> dict[str, Any]:
-    solved = [kernel.TEMPERATURE, kernel.RIDGE]
+    solved = [kernel.TEMPERATURE, kernel.FILLING_TEMPERATURE, kernel.RIDGE]
     return {"format": _FORMAT, "taxonomy": _digest(phrases_of(taxonomy), taxonomy.ids), "encoder": encoder.fingerprint, "kernel": solved}

@@ -1,19 +1,20 @@
-"""How much every phrase pulls toward every value: kernel ridge regression on the phrases that are labelled with values.
+"""How much every phrase pulls toward every value: kernel ridge regression on the phrases, which are labelled with values.
 
-The kernel is Gaussian; on unit vectors with cosine c it is exp((c - 1) / T). A query's prediction for a value is the sum over phrases of
-kernel times pull, so that a phrase speaks for the values it points at, and against those that phrases like it do not point at.
+The kernel is Gaussian; on unit vectors with cosine c it is exp((c - 1) / temperature). What speaks for a value in a query is the sum over
+phrases of kernel times pull: a phrase speaks for the values it points at, and against those that phrases like it do not point at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
+import numpy.typing as npt
 
 from vispa_graph.taxonomy_index.encoder import Floats
 
 # Chosen on the tuning half of benchmarks/data/labelled_situations.yaml (python -m benchmarks.selection --half tune).
-TEMPERATURE = 0.12
+TEMPERATURE = 0.15
+# Wider, since what a phrase leaves open is filled in from afar.
+FILLING_TEMPERATURE = 0.25
 RIDGE = 0.3
 # Solving takes time with the third power of the phrases: more of them are represented by every so-manieth.
 EXACT_UP_TO = 8192
@@ -21,43 +22,50 @@ LANDMARKS = 4096
 _BLOCK = 4096
 
 
-def kernel(cosines: Floats) -> Floats:
+def kernel(cosines: Floats, temperature: float = TEMPERATURE) -> Floats:
     """The kernel of cosines in -1..1; 1 for equal texts."""
-    return np.asarray(np.exp((cosines - 1) / TEMPERATURE), dtype=np.float32)
+    return np.asarray(np.exp((cosines - 1) / temperature), dtype=np.float32)
 
 
-def solve(vectors: Floats, labels: Sequence[Mapping[str, float]], values: Sequence[str]) -> Floats:
+def solve(vectors: Floats, labels: Floats, complete: npt.NDArray[np.bool_]) -> Floats:
     """The pull of each phrase on each value, [phrases, values].
+
+    A phrase of one value's own says nothing about the others. They are filled in with what the complete labels predict for it.
 
     Args:
         vectors: Unit vectors of the phrases, [phrases, dimensions].
-        labels: What each phrase points at, 0..1 by value; 0 for the values left out.
-        values: The values of the columns.
+        labels: How much each phrase points at each value, 0..1, [phrases, values].
+        complete: Which phrases are labelled with all values, [phrases].
     """
-    column = {value: number for number, value in enumerate(values)}
-    target = np.zeros((len(vectors), len(values)), dtype=np.float32)
-    for row, weights in enumerate(labels):
-        for value, weight in weights.items():
-            target[row, column[value]] = weight
-    if len(vectors) <= EXACT_UP_TO:
-        return _exact(vectors, target)
-    return _by_landmarks(vectors, target, np.linspace(0, len(vectors) - 1, LANDMARKS).astype(int))
+    if not complete.any():
+        return _fit(vectors, labels, TEMPERATURE)
+    known = vectors[complete]
+    pull = _fit(known, labels[complete], FILLING_TEMPERATURE)
+    filled = labels.copy()
+    for row in np.flatnonzero(~complete):
+        predicted = kernel(known @ vectors[row], FILLING_TEMPERATURE) @ pull
+        filled[row] = np.maximum(labels[row], predicted.clip(0, 1))
+    return _fit(vectors, filled, TEMPERATURE)
 
 
-def _exact(vectors: Floats, target: Floats) -> Floats:
+def _fit(vectors: Floats, target: Floats, temperature: float) -> Floats:
+    """The dual coefficients, [phrases, values]."""
+    if len(vectors) > EXACT_UP_TO:
+        return _by_landmarks(vectors, target, temperature)
     from sklearn.kernel_ridge import KernelRidge  # costs half a second; only here
 
-    fitted = KernelRidge(alpha=RIDGE, kernel="precomputed").fit(kernel(vectors @ vectors.T), target)
+    fitted = KernelRidge(alpha=RIDGE, kernel="precomputed").fit(kernel(vectors @ vectors.T, temperature), target)
     return np.asarray(fitted.dual_coef_, dtype=np.float32)
 
 
-def _by_landmarks(vectors: Floats, target: Floats, rows: np.ndarray) -> Floats:
+def _by_landmarks(vectors: Floats, target: Floats, temperature: float) -> Floats:
     """Least squares over all phrases with pull on the landmarks alone (subset of regressors)."""
+    rows = np.linspace(0, len(vectors) - 1, LANDMARKS).astype(int)
     landmarks = vectors[rows]
-    left = RIDGE * kernel(landmarks @ landmarks.T).astype(np.float64)
+    left = RIDGE * kernel(landmarks @ landmarks.T, temperature).astype(np.float64)
     right = np.zeros((len(rows), target.shape[1]))
     for start in range(0, len(vectors), _BLOCK):
-        block = kernel(vectors[start : start + _BLOCK] @ landmarks.T)
+        block = kernel(vectors[start : start + _BLOCK] @ landmarks.T, temperature)
         left += block.T @ block
         right += block.T @ target[start : start + _BLOCK]
     left[np.diag_indices_from(left)] += 1e-6 * np.trace(left) / len(left)  # equal phrases would make it singular

@@ -40,7 +40,10 @@ def _shipped(encoder: Encoder) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.fl
     """Ascending digests and the vectors that belong to them; none where they are another encoder's."""
     from safetensors import safe_open
 
+    nothing = np.empty(0, dtype=np.int64), np.empty((0, 0), dtype=np.float16)
+    if not FILE.exists():
+        return nothing
     with safe_open(FILE, framework="np") as file:
         if (file.metadata() or {}).get("encoder") != encoder.fingerprint:
-            return np.empty(0, dtype=np.int64), np.empty((0, 0), dtype=np.float16)
+            return nothing
         return file.get_tensor("digests"), file.get_tensor("vectors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,26 +13,19 @@ from vispa_graph import create_graph, select_values
 from vispa_graph.engine.huggingface import HuggingFaceEngine
 from vispa_graph.errors import EmptyQueryError, SelectionSizeError
 from vispa_graph.settings import Settings
-from vispa_graph.taxonomy_index import Hit, Phrase, rank
+from vispa_graph.taxonomy_index import Hit, Phrase
 from vispa_graph.taxonomy_index.retriever import TaxonomyRetriever, ValueReranker
+from vispa_graph.taxonomy_index.selection import Selected, choose, shares, vote
 
 FATHER = "Should my father, 84, have an operation he does not want?"
 VALUES = ["karma", "honor", "face", "power"]
 
-cosines = st.floats(-1, 1)
-value_ids = st.sampled_from(VALUES)
-own_hits = st.builds(
-    lambda value, kind, score: Hit(Phrase(f"a {kind} of {value}", kind, value, {value: 1.0}), score),
-    value_ids,
-    st.sampled_from(["definition", "facet"]),
-    cosines,
+# Hits on an index of six phrases, and how those phrases pull.
+PULL = np.array([[1, 0.5, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0.5], [0, 0, 0, 1], [0.5, 0, 0.5, 0], [0, 0, 0, 0]], dtype=np.float32)
+PHRASES = [Phrase(f"phrase {row}", "concern", f"c{row}", {v: float(p) for v, p in zip(VALUES, PULL[row], strict=True) if p}) for row in range(6)]
+hit_lists = st.lists(st.tuples(st.integers(0, 5), st.floats(-1, 1)), max_size=6, unique_by=lambda hit: hit[0]).map(
+    lambda found: [Hit(PHRASES[row], score, row) for row, score in found]
 )
-concern_hits = st.builds(
-    lambda weights, score: Hit(Phrase("a kind of situation", "concern", "one", weights), score),
-    st.dictionaries(value_ids, st.sampled_from([0.5, 1.0]), min_size=1),
-    cosines,
-)
-hit_lists = st.lists(own_hits | concern_hits, max_size=12)
 
 
 @pytest.fixture
@@ -41,45 +35,50 @@ def resources(fake_resources):
 
 @given(hit_lists)
 def test_every_value_is_ranked_once_best_first_with_a_score_in_0_1_and_a_reason(hits):
-    ranked = rank(hits, VALUES)
+    ranked = vote(hits, PULL, VALUES)
     assert sorted(s.value for s in ranked) == sorted(VALUES)
     assert all(0 <= s.score <= 1 and s.reason for s in ranked)
     assert [s.score for s in ranked] == sorted((s.score for s in ranked), reverse=True)
 
 
-@given(hit_lists, st.permutations(VALUES))
-def test_equal_scores_come_in_the_order_given(hits, values):
-    ranked = rank(hits, values)
+@given(hit_lists, st.permutations(range(4)))
+def test_equal_scores_come_in_the_order_given(hits, order):
+    values = [VALUES[column] for column in order]
+    ranked = vote(hits, PULL[:, list(order)], values)
+    evidence = dict(zip(values, shares(hits, PULL[:, list(order)]).sum(axis=0).clip(0).round(5), strict=True)) if hits else dict.fromkeys(values, 0.0)
     for one, next_ in pairwise(ranked):
-        assert one.score > next_.score or values.index(one.value) < values.index(next_.value)
+        assert evidence[one.value] > evidence[next_.value] or values.index(one.value) < values.index(next_.value)
 
 
 @given(hit_lists, st.randoms(use_true_random=False))
 def test_the_order_of_the_hits_decides_nothing(hits, random):
     shuffled = random.sample(hits, len(hits))
-    before = {s.value: s.score for s in rank(hits, VALUES)}
-    assert {s.value: s.score for s in rank(shuffled, VALUES)} == pytest.approx(before, abs=2e-4)
+    before = {s.value: s.score for s in vote(hits, PULL, VALUES)}
+    assert {s.value: s.score for s in vote(shuffled, PULL, VALUES)} == pytest.approx(before, abs=2e-3)
 
 
-@given(hit_lists, value_ids)
-def test_a_nearer_facet_never_lowers_a_value_s_score(hits, value):
-    def score(extra):
-        return next(s.score for s in rank([*hits, *extra], VALUES) if s.value == value)
-
-    assert score([Hit(Phrase("another facet", "facet", value, {value: 1.0}), 1.0)]) >= score([])
-
-
-def test_a_value_that_a_concern_calls_central_beats_one_that_it_calls_relevant():
-    hit = Hit(Phrase("a sick father", "concern", "one", {"honor": 0.5, "face": 1.0}), 0.6)
-    ranked = rank([hit], VALUES)
-    assert [s.value for s in ranked[:2]] == ["face", "honor"]
-    assert ranked[0].score == 2 * ranked[1].score > ranked[2].score == 0
-    assert ranked[0].reason == 'like "a sick father"'
+def test_a_value_that_a_phrase_pulls_more_comes_first_with_the_phrase_as_its_reason():
+    ranked = vote([Hit(PHRASES[0], 0.8, 0)], PULL, VALUES)
+    assert [s.value for s in ranked[:2]] == ["karma", "honor"]
+    assert ranked[0].score > ranked[1].score > ranked[2].score
+    assert ranked[0].reason == 'like "phrase 0"'
+    assert ranked[2].reason == "no phrase near the query points at it"
 
 
-def test_the_nearest_facet_is_the_reason_where_facets_speak_loudest():
-    hits = [Hit(Phrase(text, "facet", "karma", {"karma": 1.0}), score) for text, score in (("far", 0.2), ("near", 0.9), ("nearer", 0.95))]
-    assert rank(hits, VALUES)[0].reason == 'about "nearer"'
+RANKED = [Selected("a", 0.9, "-"), Selected("b", 0.8, "-"), Selected("c", 0.5, "-"), Selected("d", 0.05, "-")]
+
+
+def test_at_most_k_values_of_at_least_the_lowest_score_are_chosen():
+    assert [s.value for s in choose(RANKED, 2)] == ["a", "b"]
+    assert [s.value for s in choose(RANKED, 4, min_score=0.1)] == ["a", "b", "c"]
+    assert choose(RANKED, 4, min_score=0.95) == []
+
+
+def test_diversity_prefers_a_value_unlike_those_chosen_before():
+    likeness = np.eye(4, dtype=np.float32)
+    likeness[0, 1] = likeness[1, 0] = 1.0
+    assert [s.value for s in choose(RANKED, 2, diversity=0.5, likeness=likeness)] == ["a", "c"]
+    assert [s.value for s in choose(RANKED, 2, diversity=0.0, likeness=likeness)] == ["a", "b"]
 
 
 def test_a_question_about_refusing_an_operation_puts_self_direction_at_stake(resources):
@@ -88,7 +87,8 @@ def test_a_question_about_refusing_an_operation_puts_self_direction_at_stake(res
     assert len(selected) == 6
 
 
-def test_fewer_values_are_the_first_of_more(resources):
+def test_fewer_values_are_the_first_of_more(make_resources):
+    resources = make_resources(min_score=0)
     every = select_values(FATHER, k=31, resources=resources)
     assert len({s.value for s in every}) == 31
     for k in (1, 6):
@@ -128,8 +128,8 @@ def test_the_retrievers_show_each_step_as_documents_with_scores(resources):
     candidates = TaxonomyRetriever(index=resources.index, n=20).invoke(FATHER)
     assert len(candidates) == 20
     for document in candidates:
-        assert set(document.metadata) == {"score", "kind", "source", "values"}
-    values = ValueReranker(index=resources.index, k=3).invoke(FATHER, candidates=candidates)
+        assert set(document.metadata) == {"score", "kind", "source", "values", "row"}
+    values = ValueReranker(index=resources.index, selector=resources.selector, k=3).invoke(FATHER, candidates=candidates)
     assert len(values) == 3
     for document in values:
         assert document.page_content == resources.taxonomy[document.metadata["value"]].definition
@@ -137,5 +137,5 @@ def test_the_retrievers_show_each_step_as_documents_with_scores(resources):
 
 
 def test_the_reranker_finds_its_own_candidates_where_it_is_given_none(resources):
-    reranked = ValueReranker(index=resources.index, k=6).invoke(FATHER)
+    reranked = ValueReranker(index=resources.index, selector=resources.selector, k=6).invoke(FATHER)
     assert [d.metadata["value"] for d in reranked] == [s.value for s in select_values(FATHER, resources=resources)]

@@ -95,6 +95,7 @@ class Grammar:
 
     def __init__(self, taxonomy: Taxonomy, seed: int, *, held_out_pairs: int = 3, held_out_situations: int = 25) -> None:
         self.random = random.Random(seed)
+        self.held_out_pairs = held_out_pairs
         self.frames = read_yaml(CONTENT / "frames.yaml")
         self.persons = [tuple(person.split("|")) for person in self.frames["persons"]]
         free: list[Situation] = []

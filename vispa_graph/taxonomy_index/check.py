@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import yaml
 from vispa_graph.errors import TaxonomyError
 from vispa_graph.taxonomy_index.encoder import Encoder
 from vispa_graph.taxonomy_index.precomputed import encode_phrases
-from vispa_graph.taxonomy_index.taxonomy import BIOETHICS, CONCERNS, FORMS, SHIPPED, Form, Pair, Value, read_concerns, read_value
+from vispa_graph.taxonomy_index.taxonomy import BIOETHICS, CONCERNS, FAMILIES, FORMS, SHIPPED, Form, Pair, Value, read_concerns, read_value, read_yaml
 
 # Characters of the positive twin for each of the negative.
 LENGTH_RATIO = (0.8, 1.25)
@@ -79,21 +79,20 @@ def check_folder(folder: Path, encoder: Encoder, *, families: Collection[str] = 
         try:
             is_bank = path.name == CONCERNS.name
             value = read_concerns(path) if is_bank else read_value(path)
-            node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+            node, _ = read_yaml(path)
         except TaxonomyError as error:
             problems.append(_as_problem(path, str(error)))
             continue
         problems += duplicate_keys(path, node)
         if isinstance(value, Value):
             values.append((value, node))
-    shipped = {value.id: value for value in _shipped_values() if value.file and value.file.parent.resolve() != folder.resolve()}
-    problems += _ids(values, shipped)
-    known = {value.family for value in shipped.values()} | set(families) | _families_of(folder)
+    problems += _ids(values, {path.stem: path for shipped in (SHIPPED, BIOETHICS) if not shipped.samefile(folder) for path in shipped.glob("*.yaml")})
+    known = (*FAMILIES, *families)
     placed: list[_Placed] = []
     for value, node in values:
         file, lines = value.file or folder, _pair_lines(node)
         if value.family not in known:
-            problems.append(Problem(file, _line(node, "family"), f"unknown family {value.family!r}. Known: {', '.join(sorted(known))}."))
+            problems.append(Problem(file, _line(node, "family"), f"unknown family {value.family!r}. Known: {', '.join(known)}."))
         for form in FORMS:
             if not value.pairs.get(form):
                 problems.append(Problem(file, _line(node, "pairs"), f"the form {form!r} is missing. Give each value pairs of all four forms."))
@@ -139,12 +138,13 @@ def duplicate_keys(path: Path, node: yaml.Node) -> Iterator[Problem]:
             yield from duplicate_keys(path, child)
 
 
-def _ids(values: Sequence[tuple[Value, yaml.Node]], shipped: dict[str, Value]) -> Iterator[Problem]:
+def _ids(values: Sequence[tuple[Value, yaml.Node]], shipped: Mapping[str, Path]) -> Iterator[Problem]:
     taken = dict(shipped)
     for value, node in values:
+        file = value.file or Path()
         if value.id in taken:
-            yield Problem(value.file or Path(), _line(node, "id"), f"the id {value.id!r} is taken by {taken[value.id].file}. Give each value its own.")
-        taken.setdefault(value.id, value)
+            yield Problem(file, _line(node, "id"), f"the id {value.id!r} is taken by {taken[value.id]}. Give each value an id of its own.")
+        taken.setdefault(value.id, file)
 
 
 def _near_duplicates(placed: Sequence[_Placed], encoder: Encoder) -> Iterator[Problem]:
@@ -163,17 +163,9 @@ def _near_duplicates(placed: Sequence[_Placed], encoder: Encoder) -> Iterator[Pr
     for row, other in enumerate(nearest):
         if other >= 0:
             one, first = placed[row], placed[other]
-            yield Problem(one.file, one.line, f"says nearly the same as the pair at {first.file}:{first.line} (cosine {highest[row]:.2f}). Replace one.")
-
-
-def _shipped_values() -> list[Value]:
-    return [read_value(path) for folder in (SHIPPED, BIOETHICS) for path in sorted(folder.glob("*.yaml"))]
-
-
-def _families_of(folder: Path) -> set[str]:
-    """The families of a shipped folder itself."""
-    own = {SHIPPED.resolve(): {"schwartz", "hofstede", "moral-theories", "ai-safety", "non-weird"}, BIOETHICS.resolve(): {"bioethics"}}
-    return own.get(folder.resolve(), set())
+            yield Problem(
+                one.file, one.line, f"says nearly the same as the pair at {first.file}:{first.line} (cosine {highest[row]:.2f}). Replace one."
+            )
 
 
 def _as_problem(path: Path, message: str) -> Problem:

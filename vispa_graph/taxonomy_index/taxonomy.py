@@ -24,6 +24,8 @@ FORMS: tuple[Form, ...] = get_args(Form)
 SHIPPED = Path(__file__).parent / "values"
 BIOETHICS = Path(__file__).parent / "bioethics"
 CONCERNS = Path(__file__).parent / "concerns.yaml"
+# The families of the shipped values.
+FAMILIES = ("schwartz", "hofstede", "moral-theories", "ai-safety", "non-weird", "bioethics")
 SITUATIONS = Path(__file__).parent / "situations.json"
 PLAIN_QUESTIONS = Path(__file__).parent / "plain_questions.txt"
 
@@ -226,13 +228,23 @@ def _key(name: str) -> str:
     return re.sub(r"[\s_-]+", "-", name.strip().lower())
 
 
+def check_id(value_id: str) -> None:
+    """Refuse an id that no value may have.
+
+    Raises:
+        TaxonomyError: It is not lower-case letters and digits, words joined by hyphens.
+    """
+    if not _ID.fullmatch(value_id):
+        raise TaxonomyError("an id is lower-case letters and digits, words joined by hyphens.")
+
+
 def read_value(path: Path) -> Value:
     """Read and check one value file.
 
     Raises:
         TaxonomyError: The file cannot be read or does not describe a value; the message names file and line.
     """
-    node, data = _read(path)
+    node, data = read_yaml(path)
     if not isinstance(data, dict):
         raise TaxonomyError(f"{path}:1: a value file holds a mapping with the keys {', '.join(_REQUIRED)}; this one holds something else.")
     lines = _lines(node)
@@ -249,8 +261,10 @@ def read_value(path: Path) -> Value:
     for key in ("id", "name", "family", "source", "definition"):
         if not isinstance(data[key], str) or not data[key].strip():
             raise fail(key, f"{key!r} must be a text that is not empty.")
-    if not _ID.fullmatch(data["id"]):
-        raise fail("id", "an id is lower-case letters and digits, words joined by hyphens.")
+    try:
+        check_id(data["id"])
+    except TaxonomyError as error:
+        raise fail("id", str(error)) from None
     for key in ("facets", "aliases"):
         entries = data.get(key, [])
         if not isinstance(entries, list) or not all(isinstance(e, str) and e.strip() for e in entries):
@@ -308,7 +322,7 @@ def read_concerns(path: Path) -> list[Concern]:
     Raises:
         TaxonomyError: The file cannot be read or an entry is malformed; the message names file and line.
     """
-    node, data = _read(path)
+    node, data = read_yaml(path)
     if not isinstance(data, list) or not isinstance(node, yaml.SequenceNode):
         raise TaxonomyError(f"{path}:1: a bank of concerns is a list of entries with id, phrasings, central and relevant.")
     concerns: list[Concern] = []
@@ -340,8 +354,12 @@ def read_situations() -> list[Situation]:
     return labelled + [Situation(text) for text in PLAIN_QUESTIONS.read_text(encoding="utf-8").splitlines()]
 
 
-def _read(path: Path) -> tuple[yaml.Node, Any]:
-    """The YAML node (for line numbers) and the data of a file."""
+def read_yaml(path: Path) -> tuple[yaml.Node, Any]:
+    """The YAML node (for line numbers) and the data of a file.
+
+    Raises:
+        TaxonomyError: The file cannot be read, is empty or is no YAML; the message names file and line.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.CSafeLoader)

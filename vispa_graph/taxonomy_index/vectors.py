@@ -38,7 +38,7 @@ def approximate_index(vectors: Floats) -> Any:
     import faiss
 
     index = faiss.index_factory(vectors.shape[1], KIND, faiss.METRIC_INNER_PRODUCT)
-    index.hnsw.efConstruction = _CONSTRUCTION
+    index.hnsw.efConstruction = _CONSTRUCTION  # type: ignore[attr-defined]
     index.train(vectors)
     index.add(vectors)
     return index
@@ -64,9 +64,9 @@ def search_vectors(index: Any, queries: Floats, n: int, rows: npt.NDArray[np.boo
     allowed = index.ntotal if rows is None else int(rows.sum())
     if isinstance(index, faiss.IndexHNSW) and allowed > EXACT_UP_TO:
         breadth = math.ceil(max(BREADTH, n) * index.ntotal / allowed)
-        parameters: Any = faiss.SearchParametersHNSW(efSearch=breadth, sel=selector)  # type: ignore[attr-defined, call-arg]
+        parameters: Any = faiss.SearchParametersHNSW(efSearch=breadth, sel=selector)  # type: ignore[attr-defined]
     else:
         index = faiss.downcast_index(index.storage) if isinstance(index, faiss.IndexHNSW) else index
-        parameters = faiss.SearchParameters(sel=selector)  # type: ignore[attr-defined, call-arg]
+        parameters = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
     found: tuple[Floats, npt.NDArray[np.int64]] = index.search(queries, n, params=parameters)
     return found

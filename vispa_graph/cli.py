@@ -11,7 +11,6 @@ import io
 import json
 import logging
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -19,8 +18,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
@@ -28,12 +27,31 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 import click
 
 from vispa_graph import __version__
+from vispa_graph.cli_common import (
+    Refused,
+    Show,
+    json_option,
+    load_taxonomy,
+    open_console,
+    print_bars,
+    print_facts,
+    print_json,
+    print_table,
+    print_text,
+    print_title,
+    print_tree,
+    progress,
+    read_query,
+    settings_of,
+    text,
+    value_facts,
+    values_option,
+)
+from vispa_graph.cli_values import values_group
 from vispa_graph.errors import TaxonomyError, VispaError
 
 if TYPE_CHECKING:
     from langchain_core.runnables.graph import Graph
-    from rich.console import Console
-    from rich.tree import Tree
 
     from vispa_graph.engine.contract import Direction
     from vispa_graph.engine.huggingface import HuggingFaceEngine
@@ -41,10 +59,8 @@ if TYPE_CHECKING:
     from vispa_graph.resources import Resources
     from vispa_graph.settings import Settings
     from vispa_graph.state import Output
-    from vispa_graph.taxonomy_index import Taxonomy, Value
 
 F = TypeVar("F", bound=Callable[..., Any])
-Show = Callable[..., None]
 
 # Written out, because the modules that define them are slow to import; a test compares.
 MODES = ("overton", "steerable", "distributional")
@@ -54,20 +70,8 @@ READINGS = ("raw", "chat")
 SOLVERS = ("exact", "saga")
 DISTRIBUTIONS = ("comments", "direct", "decoding")
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
 
 # Errors and interrupts
-
-
-class Refused(click.ClickException):
-    """Something the user can mend: one line on stderr, exit code 2."""
-
-    exit_code = 2
-
-    def show(self, file: Any = None) -> None:
-        """Print the message."""
-        click.echo(f"vispa: {self.message}", err=True)
 
 
 class Commands(click.Group):
@@ -110,17 +114,6 @@ def _leave_at_once_on_interrupt(ctx: click.Context) -> None:
 # Options
 
 
-def text(value: str) -> str:
-    """Text that is not blank. Bytes the terminal could not decode arrive as lone surrogates, which no tokenizer takes."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise click.BadParameter("the text is not valid UTF-8.") from None
-    if not value.strip():
-        raise click.BadParameter("the text is blank. Write it out.")
-    return value
-
-
 def block_numbers(value: str) -> tuple[float, ...]:
     """Block numbers and ascending ranges, or a range of fractions of the depth."""
     from vispa_graph.settings import parse_layers
@@ -145,27 +138,6 @@ def _model_options(command: F) -> F:
     for option in reversed(options):
         command = option(command)
     return command
-
-
-_values_option = click.option("--values", type=click.Path(path_type=Path), multiple=True, metavar="FOLDER", help="Your own value files. Repeatable.")
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else on stdout.")
-
-
-def _settings(**given: Any) -> Settings:
-    """Settings of the options that were given: the others must not hide VISPA_* variables."""
-    from vispa_graph.settings import Settings
-
-    return Settings(**{name: value for name, value in given.items() if value is not None and value != ()})
-
-
-def _query(text: str) -> str:
-    """The text, or what stdin holds where it is a dash."""
-    if text != "-":
-        return text
-    try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Refused(f"stdin is not UTF-8 text (byte {error.start}). Save the text as UTF-8.") from error
 
 
 # Commands
@@ -195,7 +167,7 @@ def main() -> None:
 @click.option("--seed", type=int, help="Seed of the sampling, where the temperature is above 0.")
 @click.option("--temperature", type=float, help="0 for greedy decoding.")
 @click.option("--distribution", type=click.Choice(DISTRIBUTIONS), help="What a distribution is read after: comments, or the steered question itself.")
-@_values_option
+@values_option
 @click.option(
     "--trace",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -203,7 +175,7 @@ def main() -> None:
     help="Write the run as a tree of JSON, without its texts; vispa trace FILE shows it.",
 )
 @click.option("--trace-content", is_flag=True, help="Keep the texts, which may be private, in traces.")
-@_json_option
+@json_option
 def ask(
     query: str,
     mode: str | None,
@@ -234,7 +206,7 @@ def ask(
         raise click.UsageError("--trace-content needs --trace FILE. For the traces of a viewer set VISPA_TRACE_CONTENT.")
     if trace:
         _check_target(trace)
-    settings = _settings(
+    settings = settings_of(
         model=model,
         method=method,
         layers=layers,
@@ -247,49 +219,27 @@ def ask(
         values=values,
         trace_content=trace_content or None,
     )
-    given = {"query": _query(query), "mode": mode, "attribute": attribute, "population": population, "options": list(options) or None}
-    with _progress() as show:
+    given = {"query": read_query(query), "mode": mode, "attribute": attribute, "population": population, "options": list(options) or None}
+    with progress() as show:
         output = _run(settings, given | {"values": list(asked) or None}, show, trace)
     if as_json:
-        _print_json(output)
+        print_json(output)
     else:
         _print_answer(output)
 
 
 @main.command("trace")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-@_json_option
+@json_option
 def trace_command(file: Path, as_json: bool) -> None:
     """Print the run that `vispa ask --trace FILE` wrote as a tree: what was found, what moved, and what steering did."""
     from vispa_graph.tracing import draw, read_trace
 
     run = read_trace(file)
     if as_json:
-        _print_json(run.model_dump(mode="json"))
+        print_json(run.model_dump(mode="json"))
     else:
-        _print_tree(draw(run))
-
-
-@main.command("values")
-@click.argument("value_id", metavar="[ID]", required=False, type=text)
-@click.option("--query", type=text, help='Show which values a text puts at stake; "-" reads it from stdin.')
-@click.option("--top-k", type=int, help="With --query: how many.")
-@_values_option
-@_json_option
-def values_command(value_id: str | None, query: str | None, top_k: int | None, values: tuple[Path, ...], as_json: bool) -> None:
-    """List the values, show the one with this ID or name, or those a text puts at stake."""
-    if query is not None and value_id is not None:
-        raise click.UsageError("Give an ID or --query, not both.")
-    if top_k is not None and query is None:
-        raise click.UsageError("--top-k needs --query.")
-    if query is not None:
-        _show_selection(_query(query), _settings(values=values, top_k=top_k), as_json)
-        return
-    taxonomy = _taxonomy(_settings(values=values))
-    if value_id is None:
-        _show_taxonomy(list(taxonomy), as_json)
-    else:
-        _show_value(taxonomy[value_id], as_json)
+        print_tree(draw(run))
 
 
 @main.command()
@@ -297,8 +247,8 @@ def values_command(value_id: str | None, query: str | None, top_k: int | None, v
 @click.option("--contrast", type=click.Choice(CONTRASTS), help="What positive twins are set against.")
 @click.option("--reading", type=click.Choice(READINGS), help="Whether sentences are read bare or in a chat.")
 @click.option("--solver", type=click.Choice(SOLVERS), help="How probes are solved.")
-@_values_option
-@_json_option
+@values_option
+@json_option
 def fit(
     model: str | None,
     method: str | None,
@@ -317,9 +267,9 @@ def fit(
     from vispa_graph.resources import Resources
 
     logging.getLogger("vispa_graph").addHandler(logging.NullHandler())  # the warnings are told below
-    with _progress() as show:
+    with progress() as show:
         # top_k plays no part in fitting, but must fit a small taxonomy of one's own.
-        settings = _settings(model=model, method=method, layers=layers, contrast=contrast, reading=reading, solver=solver, values=values, top_k=1)
+        settings = settings_of(model=model, method=method, layers=layers, contrast=contrast, reading=reading, solver=solver, values=values, top_k=1)
         with closing(Resources(settings, progress=show)) as resources:
             show("loading the model")
             name, taxonomy = resources.engine.name, resources.taxonomy
@@ -329,13 +279,13 @@ def fit(
     weak = [value for value, direction in directions.items() if not separates(direction)]
     facts = {"model": name, "method": fitted.method, "contrast": fitted.contrast, "reading": fitted.reading, "layers": list(fitted.layers)}
     if as_json:
-        _print_json(facts | _accuracies(directions) | {"not_separating": weak})
+        print_json(facts | _accuracies(directions) | {"not_separating": weak})
     else:
-        console = _console()
-        _print_facts(console, facts)
+        console = open_console()
+        print_facts(console, facts)
         shares = [(taxonomy[value].name, d.accuracy.mean(), None if d.held_out is None else d.held_out.mean()) for value, d in directions.items()]
         rows = [[of, f"{seen:.1%}", "-" if unseen is None else f"{unseen:.1%}"] for of, seen, unseen in shares]
-        _print_table(console, ["Value", "Mean accuracy", "Held out"], rows)
+        print_table(console, ["Value", "Mean accuracy", "Held out"], rows)
     if weak:
         names = ", ".join(taxonomy[value].name for value in weak)
         click.echo(
@@ -358,8 +308,8 @@ def _accuracies(directions: dict[str, Direction]) -> dict[str, Any]:
 
 @main.command()
 @click.argument("model", required=False, type=text)
-@_values_option
-@_json_option
+@values_option
+@json_option
 def check(model: str | None, values: tuple[Path, ...], as_json: bool) -> None:
     """Check that MODEL can be steered, or that folders of value files can be used."""
     if model is None and not values:
@@ -370,19 +320,19 @@ def check(model: str | None, values: tuple[Path, ...], as_json: bool) -> None:
     if model is not None:
         found["model"] = _check_model(model)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
-    console = _console()
+    console = open_console()
     if values:
-        _print_table(console, ["Value", "Pairs", "File"], [[v["id"], str(v["pairs"]), v["file"]] for v in found["values"]])
+        print_table(console, ["Value", "Pairs", "File"], [[v["id"], str(v["pairs"]), v["file"]] for v in found["values"]])
     if model is not None:
-        _print_facts(console, found["model"])
+        print_facts(console, found["model"])
 
 
 @main.command("graph")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a .mmd, .png or .svg file instead.")
 @click.option("--review", is_flag=True, help="With the stop at which a person edits the values.")
-@_json_option
+@json_option
 def graph_command(output: Path | None, review: bool, as_json: bool) -> None:
     """Print the graph as a Mermaid diagram, or write it as a picture. Needs no network."""
     if output is not None and as_json:
@@ -393,9 +343,9 @@ def graph_command(output: Path | None, review: bool, as_json: bool) -> None:
         _check_target(output)
     from vispa_graph.graph import create_graph
 
-    drawn = create_graph(_settings(), review=review).get_graph()
+    drawn = create_graph(settings_of(), review=review).get_graph()
     if as_json:
-        _print_json(drawn.to_json())
+        print_json(drawn.to_json())
     elif output is None:
         click.echo(drawn.draw_mermaid())
     elif output.suffix == ".mmd":
@@ -413,7 +363,7 @@ def graph_command(output: Path | None, review: bool, as_json: bool) -> None:
 )
 @click.option("--top-k", type=int, help="How many values are heard.")
 @_model_options
-@_values_option
+@values_option
 def mcp(
     port: int | None,
     token: str | None,
@@ -439,7 +389,7 @@ def mcp(
         click.echo(f"vispa: serving on {url}" + ("" if token else f" with the token {secret}"), err=True)
 
     end_tracing_with_the_process()
-    with closing(Resources(_settings(model=model, method=method, layers=layers, values=values, top_k=top_k))) as resources:
+    with closing(Resources(settings_of(model=model, method=method, layers=layers, values=values, top_k=top_k))) as resources:
         server = create_server(resources)
         try:
             if port is None:
@@ -448,6 +398,9 @@ def mcp(
                 serve_http(server, port, secret, ready)
         finally:
             _send_traces()
+
+
+main.add_command(values_group)
 
 
 # Running the graph
@@ -528,66 +481,6 @@ def _make_ready(resources: Resources, show: Show) -> None:
         _ = resources.directions
 
 
-# Values
-
-
-def _taxonomy(settings: Settings) -> Taxonomy:
-    from vispa_graph.taxonomy_index.taxonomy import Taxonomy
-
-    return Taxonomy.load(*settings.values, shipped=settings.shipped_values, bioethics=settings.bioethics)
-
-
-def _show_selection(query: str, settings: Settings, as_json: bool) -> None:
-    from vispa_graph.resources import Resources
-    from vispa_graph.select import select_values
-
-    with _progress() as show:
-        show("selecting values")
-        resources = Resources(settings)
-        selected = select_values(query, settings.top_k, resources=resources)
-    named: list[dict[str, Any]] = [{"id": s.value, "name": resources.taxonomy[s.value].name, "score": s.score, "reason": s.reason} for s in selected]
-    if as_json:
-        _print_json(named)
-    else:
-        _print_table(_console(), ["Value", "Score", "Reason"], [[v["name"], f"{v['score']:.2f}", v["reason"]] for v in named])
-
-
-def _show_taxonomy(values: Sequence[Value], as_json: bool) -> None:
-    if as_json:
-        _print_json([_value_facts(value) for value in values])
-        return
-    families = list(dict.fromkeys(value.family for value in values))
-    ordered = sorted(values, key=lambda value: families.index(value.family))
-    rows = [[v.family, v.id, v.name, str(len(v.facets)), str(len(v.all_pairs))] for v in ordered]
-    _print_table(_console(), ["Family", "Id", "Name", "Facets", "Pairs"], rows)
-
-
-def _show_value(value: Value, as_json: bool) -> None:
-    if as_json:
-        _print_json(_value_facts(value))
-        return
-    console = _console()
-    _print_title(console, f"{value.name} ({value.id})")
-    _print_facts(console, {"family": value.family, "source": value.source, "pairs": len(value.all_pairs), "aliases": list(value.aliases)})
-    _print_text(console, f"\n{value.definition}\n")
-    for facet in value.facets:
-        _print_text(console, f"- {facet}")
-
-
-def _value_facts(value: Value) -> dict[str, Any]:
-    return {
-        "id": value.id,
-        "name": value.name,
-        "family": value.family,
-        "source": value.source,
-        "aliases": list(value.aliases),
-        "definition": value.definition,
-        "facets": list(value.facets),
-        "pairs": len(value.all_pairs),
-        "file": str(value.file),
-    }
-
-
 # Checks
 
 
@@ -604,16 +497,16 @@ def _check_values(folders: Sequence[Path]) -> list[dict[str, Any]]:
                 problems.append(str(error))
     if problems:
         raise Refused("\nvispa: ".join(problems))
-    taxonomy = _taxonomy(_settings(values=tuple(folders)))
-    return [_value_facts(value) for value in taxonomy if value.file and value.file.parent in folders]
+    taxonomy = load_taxonomy(settings_of(values=tuple(folders)))
+    return [value_facts(value) for value in taxonomy if value.file and value.file.parent in folders]
 
 
 def _check_model(model: str) -> dict[str, Any]:
     from vispa_graph.resources import Resources
 
-    with _progress() as show:
+    with progress() as show:
         show("loading the model")
-        with closing(Resources(_settings(model=model, top_k=1))) as resources:
+        with closing(Resources(settings_of(model=model, top_k=1))) as resources:
             return cast("HuggingFaceEngine", resources.engine).describe()
 
 
@@ -673,129 +566,31 @@ def _write(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# The screen
-
-
-@contextmanager
-def _progress() -> Iterator[Show]:
-    """Gives show(what, done, total), which tells on stderr what is going on; silent where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("starting", total=None)
-        stage = ""
-
-        def show(what: str, done: int = 0, total: int | None = None) -> None:
-            nonlocal stage
-            if what != stage:  # each stage has its own clock
-                stage = what
-                progress.reset(task)
-            count = "" if total is None else f" {done}/{total}"
-            progress.update(task, description=f"{what}{count}", completed=done, total=total)
-
-        yield show
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(markup=False, highlight=False, emoji=False)
-
-
-def _print_json(data: Any) -> None:
-    text = json.dumps(data, indent=2, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf"))
-    click.echo(text)
+# The answer
 
 
 def _print_answer(output: Output) -> None:
-    console = _console()
-    _print_title(console, f"Answer ({output['mode']})")
-    _print_text(console, output["response"])
-    _print_title(console, "\nValues heard")
-    _print_table(console, ["Value", "Score", "Reason"], [[v["name"], f"{v['score']:.2f}", v["reason"]] for v in output["values"]])
-    _print_title(console, "\nComments")
+    console = open_console()
+    print_title(console, f"Answer ({output['mode']})")
+    print_text(console, output["response"])
+    print_title(console, "\nValues heard")
+    print_table(console, ["Value", "Score", "Reason"], [[v["name"], f"{v['score']:.2f}", v["reason"]] for v in output["values"]])
+    print_title(console, "\nComments")
     for comment in output["comments"]:
         cut = " (cut off at the longest length)" if comment["finish"] == "length" else ""
-        _print_title(console, f"{comment['name']}{cut}")
-        _print_text(console, comment["text"])
+        print_title(console, f"{comment['name']}{cut}")
+        print_text(console, comment["text"])
     if output["distribution"]:
-        _print_title(console, "\nDistribution")
-        _print_bars(console, output["distribution"])
+        print_title(console, "\nDistribution")
+        print_bars(console, output["distribution"])
     if output["chosen"]:
-        _print_title(console, "\nRests on")
+        print_title(console, "\nRests on")
         names = {comment["value"]: comment["name"] for comment in output["comments"]}
-        _print_text(console, f"{names[output['chosen']['value']]}: {output['chosen']['reason']}")
+        print_text(console, f"{names[output['chosen']['value']]}: {output['chosen']['reason']}")
     if output["notes"]:
-        _print_title(console, "\nNotes")
+        print_title(console, "\nNotes")
         for note in output["notes"]:
-            _print_text(console, f"- {note}")
-
-
-def _print_title(console: Console, text: str) -> None:
-    console.print(_clean(text), style="bold", soft_wrap=not console.is_terminal)
-
-
-def _print_text(console: Console, text: str) -> None:
-    console.print(_clean(text), soft_wrap=not console.is_terminal)
-
-
-def _print_tree(tree: Tree) -> None:
-    """A tree whose lines no width cuts where stdout is no terminal."""
-    from rich.console import Console
-
-    console = _console()
-    wide = console if console.is_terminal else Console(markup=False, highlight=False, emoji=False, width=1000)
-    for line in wide.render_lines(tree, pad=False):
-        click.echo(_clean("".join(segment.text for segment in line)).rstrip())
-
-
-def _print_facts(console: Console, facts: dict[str, Any]) -> None:
-    """Names and values, one a line."""
-    for name, fact in facts.items():
-        _print_text(console, f"{name.replace('_', ' ')}: {_in_words(fact)}")
-
-
-def _in_words(fact: Any) -> str:
-    if isinstance(fact, bool):
-        return "yes" if fact else "no"
-    return ", ".join(map(str, fact)) if isinstance(fact, list) else str(fact)
-
-
-def _print_table(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on a terminal; elsewhere columns that no width cuts."""
-    cleaned = [[_clean(cell).replace("\n", " ") for cell in row] for row in rows]
-    if console.is_terminal:
-        from rich.table import Table
-
-        table = Table(*titles)
-        for row in cleaned:
-            table.add_row(*row)
-        console.print(table)
-        return
-    widths = [max(map(len, column)) for column in zip(titles, *cleaned, strict=True)]
-    for line in (titles, *cleaned):
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def _print_bars(console: Console, distribution: dict[str, float]) -> None:
-    if not console.is_terminal:
-        _print_table(console, ["Option", "Probability"], [[option, f"{p:.1%}"] for option, p in distribution.items()])
-        return
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-
-    grid = Table.grid(padding=(0, 1))
-    for option, probability in distribution.items():
-        grid.add_row(_clean(option), ProgressBar(total=1, completed=probability, width=30), f"{probability:.1%}")
-    console.print(grid)
-
-
-def _clean(text: str) -> str:
-    """The text without control characters: what a model or a file says must not steer the terminal."""
-    return _CONTROL.sub("", text)
+            print_text(console, f"- {note}")
 
 
 if __name__ == "__main__":

@@ -562,7 +562,6 @@ def option(*answers):
         (["ask", QUERY, "--values", "/no/such/folder"], ["/no/such/folder", "no such folder"]),
         (["ask", QUERY, "--trace-content"], ["--trace FILE"]),
         (["values", "kindnes"], ["nearest are"]),
-        (["values", "power", "--query", QUERY], ["not both"]),
         (["values", "--top-k", "3"], ["--query"]),
         (["values", "--query", " "], ["blank"]),
         (["values", "--query", QUERY, "--top-k", "99"], ["1 to 31"]),

@@ -283,7 +283,7 @@ class Together(FakeEngine):
 def test_all_31_values_are_asked_at_once_whatever_the_number_of_threads(make_resources, run):
     engine = Together(31)
     try:
-        out = run(create_graph(resources=make_resources(engine=engine, top_k=31)), {"query": QUERY})
+        out = run(create_graph(resources=make_resources(engine=engine, top_k=31, min_score=0)), {"query": QUERY})
     finally:
         engine.timer.cancel()
     assert len(set(ids(out["comments"]))) == 31

@@ -41,7 +41,7 @@ def test_every_prompt_file_has_exactly_the_placeholders_that_the_code_fills():
     files = {path.name for path in resources.files("vispa_graph.prompts").iterdir() if path.name.endswith(".txt")}
     assert files - NO_PROMPTS == {f"{name}.txt" for name in PLACEHOLDERS}
     for name, placeholders in PLACEHOLDERS.items():
-        template = load_prompt(name).template
+        template = load_prompt(name).template.replace("{{", "{").replace("}}", "}")
         for placeholder in placeholders:
             assert f"{{{placeholder}}}" in template, name
 
@@ -73,7 +73,7 @@ def test_rendering_needs_exactly_the_placeholders(data):
 def test_what_is_filled_in_stands_there_unchanged_and_is_never_a_template(name, text):
     data = {placeholder: f"{{{placeholder}}}{text}{{query}}{{0}}" for placeholder in PLACEHOLDERS[name]}
     rendered = load_prompt(name).render(**data)
-    template = load_prompt(name).template
+    template = load_prompt(name).template.replace("{{", "{").replace("}}", "}")
     for placeholder in PLACEHOLDERS[name]:
         assert data[placeholder] in rendered
     assert len(rendered) == len(template) + sum(len(filled) - len(placeholder) - 2 for placeholder, filled in data.items())

@@ -147,7 +147,7 @@ def new(folder: Path, **given: str | None) -> None:
 
     asked = {"value_id": "Id", "name": "Name", "family": "Family", "source": "Source", "definition": "Definition"}
     missing = [name for name in asked if not (given[name] or "").strip()]
-    if missing and not sys.stdin.isatty():
+    if missing and not _on_a_terminal():
         options = ", ".join("--" + name.removeprefix("value_") for name in missing)
         raise click.UsageError(f"Give {options}: without a terminal nothing is asked for.")
     answers = {name: (given[name] or "").strip() or click.prompt(question, err=True).strip() for name, question in asked.items()}
@@ -162,6 +162,10 @@ def new(folder: Path, **given: str | None) -> None:
     except FileExistsError:
         raise Refused(f"{path}: the file is there already, and stays as it is. Choose another id, or edit the file.") from None
     click.echo(f"{path}: fill in facets and pairs, then run `vispa values check {folder}`.")
+
+
+def _on_a_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 def _of_family(values: Sequence[Value], family: str | None) -> list[Value]:

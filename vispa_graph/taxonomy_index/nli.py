@@ -64,7 +64,9 @@ class NLISelector:
             for start in range(0, len(hypotheses), _BATCH):
                 batch = list(hypotheses[start : start + _BATCH])
                 # A text that is too long is cut, the hypothesis never.
-                inputs = tokenizer([premise] * len(batch), batch, truncation="only_first", padding=True, return_tensors="pt").to(self._device)
+                longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length))
+                pairs = ([premise] * len(batch), batch)
+                inputs = tokenizer(*pairs, truncation="only_first", max_length=longest, padding=True, return_tensors="pt").to(self._device)
                 found += model(**inputs).logits.float().softmax(dim=-1)[:, label].tolist()
         return found
 
@@ -84,7 +86,7 @@ class NLISelector:
             labels = [place for name, place in model.config.label2id.items() if name.lower().startswith("entail")]
             if len(labels) != 1:
                 raise NotARerankerError(
-                    f"The model {self._name} has the labels {', '.join(model.config.label2id)}, none of them entailment. Choose a model trained on NLI."
+                    f"The model {self._name} has the labels {', '.join(map(str, model.config.id2label.values()))}, none of them entailment. Choose a model trained on NLI."
                 )
             self._loaded = (tokenizer, model, labels[0])
         return self._loaded

@@ -31,9 +31,9 @@ format: $(VENV)/.ready
 	$(RUN)ruff format .
 	$(RUN)ruff check --fix .
 
-# Two hours on two cores. Makes a model of the same recipe from a seed; the shipped one was trained in stages (its model card).
+# Hours on two cores. Makes a model of the same recipe from a seed; the shipped one was trained in stages (its model card).
 embedded-model: $(VENV)/.ready
-	$(RUN)python -m training.train --out build/embedded --steps 3500 --nudge 40
+	$(RUN)python -m training.train --out build/embedded
 	$(RUN)python -m training.install build/embedded
 
 # torch first and pinned: a range would fetch whatever is newest, with its CUDA packages.

@@ -240,7 +240,7 @@ def test_opentelemetry_gets_the_tree_as_spans(make_graph, collector):
     assert {"vispa > steer > steer confucianism", "vispa > rerank > ValueReranker", "vispa > overton > summarise"} <= paths
     attributes = {a.key: a.value for a in next(s for s in collector.spans if s.name == "steer confucianism").attributes}
     assert attributes["gen_ai.usage.output_tokens"].int_value > 0
-    assert attributes["langsmith.metadata.value"].string_value == "harmlessness"
+    assert attributes["langsmith.metadata.value"].string_value == "confucianism"
 
 
 class Scripted(GenericFakeChatModel):

@@ -349,7 +349,8 @@ def _public_texts(taxonomy: Taxonomy) -> frozenset[str]:
     phrases = {phrase.text for phrase in found}
     sources = {phrase.source for phrase in found}
     labels = {label for value in taxonomy for label in (value.id, value.name, value.family, value.source)}
-    return frozenset(phrases | sources | labels | {f'{word} "{phrase}"' for phrase in phrases for word in ("like", "about")} | REASONS | {ATTRIBUTE})
+    reasons = {f'{word} "{phrase}"' for phrase in phrases for word in ("like", "about", "as in", "is about")}
+    return frozenset(phrases | sources | labels | reasons | REASONS | {ATTRIBUTE})
 
 
 class PrivateTool(StructuredTool):

@@ -42,11 +42,16 @@ ENDINGS = ["n", "r", "l", "x", "st", "nd", "m", "s", "t", "", "ril", "tan", "dex
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a document: raw text, a user turn or an assistant turn, and its weight in the loss."""
+    """A stretch of a document: raw text, a user turn or an assistant turn, and its weight in the loss.
+
+    Attributes:
+        value: Of a comment, the value that the text before it shows; None where nothing does.
+    """
 
     role: Role
     text: str
     weight: float
+    value: str | None = None
 
 
 @dataclass(frozen=True)
@@ -242,14 +247,15 @@ class Grammar:
         """Sentences of a value, then a comment from that value."""
         value, situation = self.value(), self.situation()
         prefix = " ".join(self.value_sentence(value) for _ in range(self.random.choice((1, 1, 2, 3))))
-        return [Segment("text", prefix, TEXT), self.question(situation, value), Segment("assistant", self.comment(value, situation), COMMENT)]
+        comment = Segment("assistant", self.comment(value, situation), COMMENT, value)
+        return [Segment("text", prefix, TEXT), self.question(situation, value), comment]
 
     def value_in_question(self) -> list[Segment]:
         """Sentences of the value inside the user's turn, then a comment from that value."""
         value, situation = self.value(), self.situation()
         sentences = " ".join(self.value_sentence(value) for _ in range(self.random.choice((1, 2, 3, 4))))
         question = Segment("user", f"{sentences} {self.question(situation).text}", QUESTION)
-        return [question, Segment("assistant", self.comment(value, situation), COMMENT)]
+        return [question, Segment("assistant", self.comment(value, situation), COMMENT, value)]
 
     def named_value(self) -> list[Segment]:
         """The value by name, alias, definition or facet, then a comment from it."""

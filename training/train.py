@@ -11,17 +11,24 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from training.grammar import COMMENT, FIRST_WEIGHT, FIRST_WORDS, LETTER, Grammar, Segment
 from training.muon import Muon
+from vispa_graph.engine.contract import Direction
+from vispa_graph.engine.directions import FitSettings, fit_directions
+from vispa_graph.engine.huggingface import HuggingFaceEngine
+from vispa_graph.resources import embedded_folder
 from vispa_graph.taxonomy_index import Taxonomy
 
 SPECIAL = ["<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -32,6 +39,19 @@ CHAT_TEMPLATE = (
     "{{ '<|assistant|>' if message['role'] == 'assistant' else '<|user|>' }}{{ message['content'] }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+class Example(NamedTuple):
+    """A document in tokens.
+
+    Attributes:
+        weights: Of each token as a target.
+        push: The value that the text before the comment shows, and the place of the comment's header.
+    """
+
+    tokens: list[int]
+    weights: list[float]
+    push: tuple[str, int] | None
 
 
 def train_tokenizer(grammar: Grammar, vocabulary: int, documents: int) -> PreTrainedTokenizerFast:
@@ -54,10 +74,12 @@ def train_tokenizer(grammar: Grammar, vocabulary: int, documents: int) -> PreTra
     )  # fmt: skip
 
 
-def encode(tokenizer: Tokenizer, document: list[Segment], ids: dict[str, int]) -> tuple[list[int], list[float]]:
-    """Token ids of a document and the weight of each token as a target."""
-    tokens, weights = [ids["<|bos|>"]], [0.0]
+def encode(tokenizer: Tokenizer, document: list[Segment], ids: dict[str, int]) -> Example:
+    """A document in tokens."""
+    tokens, weights, push = [ids["<|bos|>"]], [0.0], None
     for segment in document:
+        if segment.value:
+            push = (segment.value, len(tokens))
         text = tokenizer.encode(segment.text, add_special_tokens=False).ids
         if segment.role == "text":
             tokens += text
@@ -66,20 +88,22 @@ def encode(tokenizer: Tokenizer, document: list[Segment], ids: dict[str, int]) -
             tokens += [ids[f"<|{segment.role}|>"], *text, ids["<|end|>"]]
             first = FIRST_WORDS if segment.weight == COMMENT else 0
             weights += [0.0, *[FIRST_WEIGHT] * min(first, len(text)), *[segment.weight] * max(0, len(text) - first), min(segment.weight, 1.0)]
-    return tokens, weights
+    return Example(tokens, weights, push)
 
 
-def batches(grammar: Grammar, tokenizer: PreTrainedTokenizerFast, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches of about so many tokens: input ids and weights, [rows, length], one document a row, padded on the right.
+def batches(
+    grammar: Grammar, tokenizer: PreTrainedTokenizerFast, tokens: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[tuple[str, int] | None]]]:
+    """Endless batches of about so many tokens: input ids and weights, [rows, length], one document a row, padded on the right; and the pushes.
 
     Documents of like length share a batch, so that little is padding and causal attention needs no mask.
     """
     backend = tokenizer.backend_tokenizer
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
-    waiting: dict[int, list[tuple[list[int], list[float]]]] = {length: [] for length in LENGTHS}
+    waiting: dict[int, list[Example]] = {length: [] for length in LENGTHS}
     while True:
         document = encode(backend, grammar.document(), ids)
-        length = next((length for length in LENGTHS if len(document[0]) <= length), None)
+        length = next((length for length in LENGTHS if len(document.tokens) <= length), None)
         if length is None:
             continue
         waiting[length].append(document)
@@ -87,11 +111,12 @@ def batches(grammar: Grammar, tokenizer: PreTrainedTokenizerFast, tokens: int) -
         if len(waiting[length]) == rows:
             input_ids = torch.full((rows, length), ids["<|pad|>"])
             weights = torch.zeros(rows, length)
-            for row, (numbers, weight) in enumerate(waiting[length]):
-                input_ids[row, : len(numbers)] = torch.tensor(numbers)
-                weights[row, : len(weight)] = torch.tensor(weight)
+            for row, example in enumerate(waiting[length]):
+                input_ids[row, : len(example.tokens)] = torch.tensor(example.tokens)
+                weights[row, : len(example.weights)] = torch.tensor(example.weights)
+            pushes = [example.push for example in waiting[length]]
             waiting[length] = []
-            yield input_ids, weights
+            yield input_ids, weights, pushes
 
 
 def optimizers(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Optimizer]:
@@ -127,9 +152,69 @@ def draw_nudges(nudges: list[torch.Tensor], largest: float) -> None:
         nudge.copy_(noise / noise.norm(dim=-1, keepdim=True) * size)
 
 
+class Pushes:
+    """Steers rows of a batch as the engine would, toward the value that their text shows already.
+
+    Steered later, the model is pushed toward a value where the text shows none. It learns here to stay fluent under such pushes, not what
+    they mean: that it has from the text alone.
+
+    Args:
+        layers: The blocks to steer.
+        rows: The most rows of a batch.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, layers: Sequence[int], rows: int) -> None:
+        width = model.config.hidden_size
+        self._places = torch.zeros(rows, dtype=torch.long)
+        self._vectors = torch.zeros(len(layers), rows, width)
+        self._missing = torch.full((len(layers), rows), -1e9)  # what the probe's logit lacks, apart from w.h; eps is never below 0
+        self._directions: dict[str, Direction] = {}
+        for number, layer in enumerate(layers):
+            model.model.layers[layer].register_forward_hook(self._hook(self._vectors[number], self._missing[number]))
+
+    def _hook(self, vectors: torch.Tensor, missing: torch.Tensor) -> Callable[..., torch.Tensor]:
+        def add(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+            rows = output.shape[0]
+            w = vectors[:rows]
+            read = output.detach()[torch.arange(rows), self._places[:rows]].float()
+            eps = ((missing[:rows] - (w * read).sum(-1)) / (w * w).sum(-1).clamp(min=1e-12)).clamp(min=0)
+            return output + (eps[:, None] * w)[:, None].to(output)
+
+        return add
+
+    def refit(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, taxonomy: Taxonomy, settings: FitSettings) -> None:
+        """Fit the directions of the model as it is now."""
+        engine = HuggingFaceEngine(uncompiled(model), tokenizer, name="in training")
+        try:
+            self._directions = fit_directions(engine, taxonomy, settings)
+        finally:
+            engine.close()
+
+    def draw(self, pushes: Sequence[tuple[str, int] | None], random: torch.Generator) -> None:
+        """Choose half of the rows that show a value, and how far each is pushed (P0 from .6 to .99)."""
+        self._vectors.zero_()
+        self._missing.fill_(-1e9)
+        self._places.zero_()  # a place of an earlier, longer batch may not exist
+        for row, push in enumerate(pushes):
+            if push is None or not self._directions or torch.rand((), generator=random) < 0.5:
+                continue
+            direction, self._places[row] = self._directions[push[0]], push[1]
+            wanted = 0.4 + 4.2 * torch.rand((), generator=random)
+            self._vectors[:, row] = torch.from_numpy(direction.vectors)
+            self._missing[:, row] = wanted - torch.from_numpy(direction.bias)
+
+
 def rate_at(step: int, steps: int, cooldown: int) -> float:
     """The learning rate as a share of its largest: a warm-up of 100 steps, a plateau, and a straight line to zero over the last `cooldown` steps."""
     return min(1.0, (step + 1) / 100, (steps - step) / cooldown)
+
+
+def uncompiled(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A copy without hooks and with a configuration of its own: compiled code depends on the configuration of the model being trained."""
+    copy = LlamaForCausalLM(LlamaConfig(**model.config.to_dict()))
+    copy.load_state_dict(model.state_dict())
+    copy.tie_weights()
+    return copy
 
 
 def save(model: LlamaForCausalLM, folder: Path, step: int, tokens: int, arguments: argparse.Namespace) -> None:
@@ -137,11 +222,7 @@ def save(model: LlamaForCausalLM, folder: Path, step: int, tokens: int, argument
     state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     save_file(state, folder / "trainer.safetensors")
     (folder / "trainer.json").write_text(json.dumps({"step": step, "tokens": tokens, "arguments": {k: str(v) for k, v in vars(arguments).items()}}))
-    # A copy with a configuration of its own: compiled code depends on the configuration of the model being trained.
-    shipped = LlamaForCausalLM(LlamaConfig(**model.config.to_dict())).to(torch.bfloat16)
-    shipped.load_state_dict(state, strict=False)
-    shipped.tie_weights()
-    shipped.save_pretrained(folder)
+    uncompiled(model).to(torch.bfloat16).save_pretrained(folder)
 
 
 def main() -> None:
@@ -155,6 +236,8 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=6144)
     parser.add_argument("--rate", type=float, default=5e-3)
     parser.add_argument("--nudge", type=float, default=0.15, help="largest random vector added to the middle blocks, as a share of the residual norm")
+    parser.add_argument("--push-from", type=int, default=4000, help="the step from which rows are steered as the engine would")
+    parser.add_argument("--refit", type=int, default=500, help="steps between two fits of the directions for that")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out (its generator starts anew)")
@@ -183,13 +266,22 @@ def main() -> None:
     if start:
         model.load_state_dict(load_file(state), strict=False)
         model.tie_weights()
+    profile = json.loads((embedded_folder() / "profile.json").read_text(encoding="utf-8"))
+    fit = FitSettings(
+        **{field.name: profile[field.name] for field in fields(FitSettings) if field.name in profile} | {"layers": tuple(profile["layers"])}
+    )
     nudges = add_nudges(model, args.batch // LENGTHS[0])
+    pushes = Pushes(model, fit.layers, args.batch // LENGTHS[0])
+    random = torch.Generator().manual_seed(args.seed + start)
     body = torch.compile(model.model, dynamic=False)
     optimisers = optimizers(model, args.rate)
     source = batches(Grammar(taxonomy, args.seed + 1 + start), tokenizer, args.batch)
     began, tokens, smooth = time.time(), 0, None
     for step in range(start, args.steps):
-        input_ids, weights = next(source)
+        if step >= args.push_from and (step - max(start, args.push_from)) % args.refit == 0:
+            pushes.refit(model, tokenizer, taxonomy, fit)
+        input_ids, weights, shown = next(source)
+        pushes.draw(shown, random)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = args.rate * rate_at(step, args.steps, args.cooldown)

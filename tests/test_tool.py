@@ -101,7 +101,7 @@ def test_notes_are_part_of_what_the_agent_reads(make_resources):
         ({"query": QUERY, "patient": PRIVATE}, "patient: "),
         ({"query": " "}, "The query is empty"),
         ({"query": PRIVATE, "mode": "steerable"}, "needs an attribute"),
-        ({"query": PRIVATE, "options": [PRIVATE]}, "There are 1 options"),
+        ({"query": PRIVATE, "options": [PRIVATE]}, "options, and 1 came"),
         ({"query": PRIVATE, "options": [PRIVATE, PRIVATE]}, "Options 1 and 2 are the same"),
         ({"query": QUERY, "values": [PRIVATE]}, "not in the taxonomy of 31 values"),
     ],

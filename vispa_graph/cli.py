@@ -348,10 +348,9 @@ def graph_command(output: Path | None, review: bool, as_json: bool) -> None:
         print_json(drawn.to_json())
     elif output is None:
         click.echo(drawn.draw_mermaid())
-    elif output.suffix == ".mmd":
-        _write(output, drawn.draw_mermaid().encode())
     else:
-        _write(output, _picture(drawn, output.suffix[1:]))
+        _write(output, drawn.draw_mermaid().encode() if output.suffix == ".mmd" else _picture(drawn, output.suffix[1:]))
+        click.echo(f"Wrote {output}.", err=True)
 
 
 @main.command()

@@ -49,7 +49,6 @@ from vispa_graph.errors import (
     EngineMemoryError,
     InputError,
     LayerError,
-    ModelError,
     ModelNotFoundError,
     NonFiniteError,
     NotCausalError,
@@ -1428,6 +1427,23 @@ def test_a_device_map_passes_through_and_without_accelerate_is_refused_with_the_
     assert (given[0]["device_map"], given[0]["dtype"]) == ("auto", torch.float16)
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ImportError("Loading a GPTQ quantized model requires optimum"), r"not installed \(ImportError: .*requires optimum\)"),
+        (torch.OutOfMemoryError("CUDA out of memory"), r"does not fit into memory .* bfloat16"),
+        (MemoryError(), r"does not fit into memory .* bfloat16"),
+    ],
+)
+def test_a_model_for_which_a_package_or_memory_is_lacking_is_refused_with_the_remedy(error, reason, saved, monkeypatch):
+    def load(*_, **options):
+        raise error
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(SettingsError, match=reason):
+        HuggingFaceEngine.load(str(saved(tiny_model())))
+
+
 def test_loading_from_a_folder_prints_nothing(saved, capfd):
     folder = saved(tiny_model())
     capfd.readouterr()
@@ -1492,9 +1508,12 @@ def cut_weights(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def narrower(folder):
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}), encoding="utf-8")
+def configured(**changes):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
+
+    return change
 
 
 DAMAGE = {
@@ -1505,7 +1524,9 @@ DAMAGE = {
     "no weights": without("model.safetensors"),
     "weights cut short": cut_weights,
     "weights that are something else": written("model.safetensors", "not tensors"),
-    "weights of other shapes": narrower,
+    "weights of other shapes": configured(intermediate_size=40),
+    "a depth that is no number": configured(num_hidden_layers="five"),
+    "a number of heads that none can have": configured(num_attention_heads=0),
     "a tokenizer that is not JSON": written("tokenizer.json", "{"),
     "no tokenizer": without("tokenizer.json"),
 }
@@ -1517,10 +1538,6 @@ def test_a_folder_that_holds_no_whole_model_is_refused_with_what_it_needs(damage
     DAMAGE[damage](folder)
     with pytest.raises(NotCausalError, match=r"config\.json, safetensors weights and a tokenizer"):
         HuggingFaceEngine.load(str(folder))
-
-
-def test_every_loading_error_is_a_model_error():
-    assert all(issubclass(error, ModelError) for error in (ModelNotFoundError, NotCausalError, UnsteerableModelError, NonFiniteError))
 
 
 # Many threads

@@ -906,6 +906,21 @@ def test_closing_from_a_callback_lets_the_running_batch_finish_steered(opened):
 # Sampling and streaming
 
 
+def test_the_time_to_the_first_token_counts_from_the_moment_a_request_is_handed_over(opened):
+    model = silent_end(tiny_model())
+    engine = opened(model)
+    handle = model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    try:
+        begun = time.monotonic()
+        with worker_held(engine):
+            future = engine.generate(ask(PROMPT, max_new_tokens=5))
+            time.sleep(0.1)
+        first = future.result(60).first_token_seconds
+        assert 0.12 <= first <= time.monotonic() - begun - 4 * 0.02
+    finally:
+        handle.remove()
+
+
 def test_sampling_repeats_with_its_seed_and_changes_with_another(engines):
     def sample(seed):
         return engines["llama"].generate(ask(PROMPT, max_new_tokens=12, temperature=2.0, seed=seed)).result().text

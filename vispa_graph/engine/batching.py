@@ -27,6 +27,7 @@ class Job(Generic[P]):
         new: Most tokens that it adds to them. A batch is as wide as its longest prompt and its longest answer together.
         timeout: Seconds from now until it fails with a `DeadlineError`; None for never.
         halved: How often the batch it ran in was halved for want of memory.
+        begun: When it was made, by `time.monotonic`.
     """
 
     kind: Hashable
@@ -38,7 +39,8 @@ class Job(Generic[P]):
     future: Future[Any] = field(default_factory=Future)
 
     def __post_init__(self) -> None:
-        self._deadline = None if self.timeout is None else time.monotonic() + self.timeout
+        self.begun = time.monotonic()
+        self._deadline = None if self.timeout is None else self.begun + self.timeout
         self._lock, self._claimed = threading.Lock(), False
 
     @property

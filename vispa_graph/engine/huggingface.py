@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -65,12 +66,13 @@ class _Kind(NamedTuple):
 
 @dataclass(eq=False)
 class _Work:
-    """A request with its prompt in tokens, and what of its answer has been passed on."""
+    """A request with its prompt in tokens, what of its answer has been passed on, and the seconds until its first token."""
 
     request: GenerationRequest | ScoreRequest | None
     tokens: list[int]
     cut: int = 0
     streamed: str = ""
+    first: float | None = None
 
 
 class HuggingFaceEngine:
@@ -453,6 +455,7 @@ class HuggingFaceEngine:
                     batch_width=width,
                     dtype=self._dtype,
                     halved=job.halved,
+                    first_token_seconds=job.payload.first,
                 )
             )
 
@@ -584,6 +587,8 @@ class _Row:
 
     def add(self, token: int) -> None:
         """Take the next token; sets `done` with the last one."""
+        if self.job.payload.first is None:
+            self.job.payload.first = time.monotonic() - self.job.begun
         if token in self._stops:
             self.stopped = self.done = True
         else:

@@ -266,9 +266,8 @@ def test_steering_generated_positions_equals_adding_from_the_last_prompt_token_o
 def test_where_a_prompt_cannot_be_shared_generated_positions_are_refused_with_the_reason(architecture, opened):
     engine = opened(tiny_model(architecture))
     assert engine.describe()["generated_positions"] is False
-    for request in (ask(PROMPT, steering=steer(random_direction(LAYERS), positions="generated")),):
-        with pytest.raises(UnsteerableModelError, match=r"generated positions only: its cache .* Steer all positions"):
-            engine.generate(request).result(60)
+    with pytest.raises(UnsteerableModelError, match=r"generated positions only: its cache .* Steer all positions"):
+        engine.generate(ask(PROMPT, steering=steer(random_direction(LAYERS), positions="generated"))).result(60)
     assert engine.generate(ask(PROMPT, steering=steer(random_direction(LAYERS)), max_new_tokens=2)).result(60).steering
 
 
@@ -769,8 +768,8 @@ def test_a_text_that_becomes_another_when_its_batch_is_run_again_fails_if_it_was
 def test_deadlines_hold_for_requests_of_a_batch_that_wait_for_a_part_of_it(opened):
     model = silent_end(tiny_model())
     engine = opened(model)
-    handle = model.register_forward_pre_hook(lambda *_: time.sleep(0.005))
-    try:
+
+    def run():
         with worker_held(engine):
             ahead = engine.generate(ask(PROMPT, max_new_tokens=CONTEXT - 100))
             late = engine.generate(ask("x" * 200, max_new_tokens=8, timeout=0.3))  # too long to share the context with the first
@@ -780,6 +779,11 @@ def test_deadlines_hold_for_requests_of_a_batch_that_wait_for_a_part_of_it(opene
             late.result(60)
         assert not ahead.done()
         ahead.cancel()
+        engine.generate(ask("Why?", max_new_tokens=1)).result(60)
+
+    handle = model.register_forward_pre_hook(lambda *_: time.sleep(0.005))
+    try:
+        assert max(map(len, prompts_seen(model, run))) < 200  # neither was run
     finally:
         handle.remove()
 
@@ -1190,11 +1194,14 @@ def test_activations_that_are_not_finite_fail_readings(opened):
         engine.generate(ask(PROMPT, steering=steer(random_direction([1])))).result()
 
 
-@pytest.mark.parametrize("part", ["vectors", "bias"])
+@pytest.mark.parametrize("part", ["vectors", "bias", "alpha"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_direction_that_is_not_finite_is_refused_and_fails_no_other_request(part, bad, engines):
     direction = random_direction(LAYERS)
-    getattr(direction, part)[1] = bad
+    if part == "alpha":
+        direction = replace(direction, alpha=bad)
+    else:
+        getattr(direction, part)[1] = bad
     with worker_held(engines["llama"]):
         other = engines["llama"].generate(ask(PROMPT, max_new_tokens=2))
         with pytest.raises(NonFiniteError, match="'value'"):

@@ -348,7 +348,7 @@ class HuggingFaceEngine:
                 f"The direction of {direction.value!r} has the shape {direction.vectors.shape}, but this model needs "
                 f"{(len(direction.layers), self.width)}: it was fitted on another model. Fit it on this one."
             )
-        if not np.isfinite(direction.vectors).all() or not np.isfinite(direction.bias).all():
+        if not all(np.isfinite(numbers).all() for numbers in (direction.vectors, direction.bias, direction.alpha)):
             raise NonFiniteError(f"The direction of {direction.value!r} holds numbers that are not finite. Fit it again.")
 
     def _context(self) -> int:

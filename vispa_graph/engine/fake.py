@@ -58,7 +58,7 @@ class FakeEngine:
                 request.steering.positions,
             )
         prompt = len(str(request.messages).split())
-        future.set_result(Generation(text, prompt, len(text.split()), "stop", report, 0, 1, batch_width=prompt))
+        future.set_result(Generation(text, prompt, len(text.split()), "stop", report, 0, 1, batch_width=prompt, first_token_seconds=0.0))
         return future
 
     def score(self, request: ScoreRequest) -> Future[Scores]:

@@ -18,6 +18,7 @@ from vispa_graph.engine.fake import FakeEngine
 from vispa_graph.errors import EngineClosedError, NonFiniteError, ResumeError
 from vispa_graph.graph import create_graph
 from vispa_graph.provenance import NOT_DECISIVE
+from vispa_graph.resources import Profile
 from vispa_graph.settings import Settings
 
 FIRST = "My niece is 30 and refuses a transfusion because of her faith. May the doctors respect that?"
@@ -235,6 +236,13 @@ def test_nor_aggregated_by_another_model_when_all_comments_are_finished(make_res
     with pytest.raises(Exception, match="empty summary"):
         create_graph(resources=silent, checkpointer=saver).invoke({"query": FIRST, "values": TWO}, THREAD)
     with pytest.raises(ResumeError, match="another main_llm than"):
+        create_graph(resources=make_resources(), checkpointer=saver).invoke(None, THREAD)
+
+
+def test_nor_with_other_defaults_of_the_model(make_resources, saver, monkeypatch):
+    broken_off(make_resources, saver)
+    monkeypatch.setattr("vispa_graph.resources.Resources._read_profile", lambda self: Profile(target_probability=0.7))
+    with pytest.raises(ResumeError, match="another profile than"):
         create_graph(resources=make_resources(), checkpointer=saver).invoke(None, THREAD)
 
 

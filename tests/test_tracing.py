@@ -21,7 +21,9 @@ from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.tracers.langchain import LangChainTracer
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
+from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
+from langgraph.types import Command
 from langsmith import Client
 from typing_extensions import TypedDict
 
@@ -110,6 +112,15 @@ def test_tags_of_the_whole_run_say_mode_and_method(make_graph):
     assert "method:unsteered" in traced(make_graph(strength=0), INPUTS["overton"]).tags
 
 
+def test_tags_of_a_run_that_goes_on_say_the_method_and_its_comments_the_mode_too(make_resources):
+    graph = create_graph(resources=make_resources(top_k=2), review=True, checkpointer=InMemorySaver())
+    thread = {"configurable": {"thread_id": "1"}}
+    graph.invoke(INPUTS["overton"], thread)
+    resumed = traced(graph, Command(resume=TWO), **thread)
+    assert "method:probe" in resumed.tags
+    assert all({"mode:overton", "method:probe"} <= set(run.tags) for run in runs(resumed) if run.name.startswith("steer "))
+
+
 def test_a_composed_answer_is_a_chain_run_with_its_attribution(make_graph):
     tree = traced(make_graph(aggregation="compose", trace_content=True), INPUTS["overton"])
     compose = next(run for run in runs(tree) if run.name == "compose")
@@ -121,7 +132,9 @@ def test_scores_of_options_are_llm_runs_with_their_probabilities(make_graph):
     tree = traced(make_graph(), INPUTS["distributional"])
     scored = [run for run in runs(tree) if run.name == "score options"]
     assert [run.metadata["value"] for run in scored] == [comment["value"] for comment in tree.outputs["comments"]]
-    rows = [run.outputs["generations"][0][0]["message"]["kwargs"]["response_metadata"]["probabilities"] for run in scored]
+    messages = [run.outputs["generations"][0][0]["message"]["kwargs"] for run in scored]
+    assert all(message["usage_metadata"]["input_tokens"] > 0 for message in messages)
+    rows = [message["response_metadata"]["probabilities"] for message in messages]
     mean = [sum(column) / 2 for column in zip(*rows, strict=True)]
     assert mean == pytest.approx(list(tree.outputs["distribution"].values()))
 

@@ -228,12 +228,15 @@ def ask(
         trace_content=trace_content or None,
     )
     given = {"query": read_query(query), "mode": mode, "attribute": attribute, "population": population, "options": list(options) or None}
-    with progress() as show:
-        output = _run(settings, given | {"values": list(asked) or None}, show, trace)
-    if as_json:
-        print_json(output)
-    else:
-        _print_answer(output)
+    try:
+        with progress() as show:
+            output = _run(settings, given | {"values": list(asked) or None}, show, trace)
+        if as_json:
+            print_json(output)
+        else:
+            _print_answer(output)
+    finally:  # not before the answer is shown
+        _send_traces()
 
 
 @main.command("trace")
@@ -433,7 +436,6 @@ def _run(settings: Settings, given: dict[str, Any], show: Show, trace: Path | No
         finally:
             if trace and tracer and tracer.traced_runs:
                 _write(trace, TracedRun.of(tracer.traced_runs[-1]).to_json())
-            _send_traces()
 
 
 def _send_traces(seconds: float = 1.0) -> None:

@@ -230,9 +230,21 @@ def logged(caplog, capfd):
     return read
 
 
+SEARCHED = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def told(request):
+    """Prints how much was searched."""
+    yield
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n{len(SEARCHED)} outputs of observers and logs searched for texts, {sum(SEARCHED)} bytes")  # noqa: T201
+
+
 def check_private(*read):
     for everything in (reading() for reading in read):
         assert MARK.encode() not in everything
+        SEARCHED.append(len(everything))
     return True
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -174,6 +176,26 @@ def test_no_comment_or_note_of_an_earlier_turn_counts_in_a_later_one(make_resour
     assert second["notes"] == ["Read together with the earlier question of this thread."]
     alone = create_graph(resources=graph.resources).invoke({"query": f"{FIRST}\n{FOLLOW_UP}", "options": OPTIONS, "values": ["ubuntu"]})
     assert second["distribution"] == alone["distribution"]
+
+
+def test_conversations_that_go_on_at_the_same_time_never_mix(make_resources, saver, capsys):
+    graph, turns = create_graph(resources=make_resources(), checkpointer=saver), 8
+
+    def converse(number):
+        thread, chance = {"configurable": {"thread_id": str(number)}}, random.Random(number)
+        for turn in range(turns):
+            values = chance.sample(["karma", "honor", "fairness", "ubuntu", "power"], chance.randint(1, 3))
+            out = graph.invoke({"query": f"Case {number}, turn {turn}?", "values": values}, thread)
+            assert heard(out) == values
+            assert len(out["notes"]) == (turn > 0)
+            assert out["attribution"] or out["response"]
+        return graph.get_state(thread).values["turns"]
+
+    with ThreadPoolExecutor(4) as pool:
+        kept = list(pool.map(converse, range(4)))
+    assert kept == [[f"Case {number}, turn {turn}?" for turn in (0, 4, 5, 6, 7)] for number in range(4)]
+    with capsys.disabled():
+        print(f"\n4 conversations at the same time, {turns} turns each")  # noqa: T201
 
 
 def test_a_new_turn_while_a_review_waits_starts_afresh(make_resources, saver):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import gc
 import io
 import json
 import logging
@@ -83,6 +84,7 @@ class Commands(click.Group):
             if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character shows a question mark
                 stream.reconfigure(errors="replace")
         _leave_at_once(ctx, signal.SIGINT)
+        atexit.register(gc.freeze)  # else the process ends with a last collection over all of torch, which takes longer than the rest of its exit
         try:
             return super().invoke(ctx)
         except VispaError as error:

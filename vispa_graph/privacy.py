@@ -90,7 +90,15 @@ _KNOWN = _LABELS | _TAXONOMY | _NUMBERS | _CONTAINERS | _STATE
 _METADATA_LABELS = frozenset(
     {
         *("thread_id", "checkpoint_ns", "checkpoint_id", "revision_id", "lc_versions"),
-        *("ls_provider", "ls_model_name", "ls_model_type", "ls_integration", "ls_retriever_name", "ls_vector_store_provider", "ls_embedding_provider"),
+        *(
+            "ls_provider",
+            "ls_model_name",
+            "ls_model_type",
+            "ls_integration",
+            "ls_retriever_name",
+            "ls_vector_store_provider",
+            "ls_embedding_provider",
+        ),
         *("langgraph_node", "langgraph_triggers", "langgraph_path", "langgraph_checkpoint_ns", "langgraph_version"),
     }
 )

@@ -1116,6 +1116,7 @@ def test_option_scores_are_the_next_tokens_softmax_over_both_spellings_of_each_l
         assert scores.probabilities == pytest.approx(expected, rel=1e-3, abs=1e-5)
         assert scores.mass == pytest.approx(mass, rel=1e-3)
         assert scores.cut_tokens == 0
+        assert scores.prompt_tokens > 0
 
 
 def test_a_tokenizer_with_one_spelling_of_a_letter_is_scored_on_that_one(opened):

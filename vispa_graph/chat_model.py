@@ -190,6 +190,18 @@ class SteeredChatModel(BaseChatModel):
             async for chunk in chunks:
                 yield chunk
 
+    def _chat_model_stream_v3(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """`stream_events(version="v3")`, which passes by `stream`, private."""
+        guard, model = self.privacy.guard(config), self.privacy.model(self)
+        with guard:
+            return super(SteeredChatModel, model)._chat_model_stream_v3(input, guard.config, **kwargs)
+
+    async def _achat_model_stream_v3(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """The same, async."""
+        guard, model = self.privacy.guard(config, is_async=True), self.privacy.model(self)
+        with guard:
+            return await super(SteeredChatModel, model)._achat_model_stream_v3(input, guard.config, **kwargs)
+
     def _ask(self, messages: list[BaseMessage], options: dict[str, Any], on_token: Callable[[str], None] | None = None) -> Future[Generation]:
         """Hand a request to the engine, with a listener only where someone listens: each piece of a text costs a decoding of all before it."""
         turns: list[Message] = [{"role": _ROLES.get(m.type, "user"), "content": m.text} for m in messages]  # type: ignore[typeddict-item]

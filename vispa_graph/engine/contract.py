@@ -213,6 +213,7 @@ class Scores:
         cut_tokens: As in `Generation`.
         logits: [vocabulary], of the next token, where they were asked for.
         spellings: For each letter the ids of all tokens that read as it, where the logits were asked for.
+        prompt_tokens: As in `Generation`.
     """
 
     probabilities: tuple[float, ...]
@@ -220,6 +221,7 @@ class Scores:
     cut_tokens: int
     logits: Floats | None = None
     spellings: tuple[tuple[int, ...], ...] = ()
+    prompt_tokens: int = 0
 
 
 @runtime_checkable

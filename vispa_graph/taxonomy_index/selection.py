@@ -80,14 +80,14 @@ def vote(hits: Sequence[Hit], pull: Floats, values: Sequence[str]) -> list[Selec
     if not hits:
         return [Selected(value, 0.0, _reason(None)) for value in values]
     said = shares(hits, pull)
-    evidence = said.sum(axis=0)
+    evidence = np.round(said.sum(axis=0).clip(0), 5)  # so that what is equal has an equal score
     scores = calibrated(evidence)
     loudest = said.argmax(axis=0)
     selected = [
         Selected(value, round(float(scores[column]), 4), _reason(hits[loudest[column]] if said[loudest[column], column] > 0 else None))
         for column, value in enumerate(values)
     ]
-    order = np.argsort(-np.round(evidence.clip(0), 5), kind="stable")
+    order = np.argsort(-evidence, kind="stable")
     return [selected[place] for place in order]
 
 

@@ -51,7 +51,7 @@ class Phrase:
     weights: Mapping[str, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Hit:
     """A phrase near a query.
 
@@ -178,8 +178,10 @@ class TaxonomyIndex:
         """The same for an encoded query, [1, dimensions]."""
         scores, rows = search_vectors(self._index, vector, n)
         # Rounded, so that the last bits of a float, which differ between batches and machines, decide nothing.
-        ranked = sorted((-round(float(s), 5), int(r)) for s, r in zip(scores[0], rows[0], strict=True) if r >= 0)
-        return [Hit(self.phrases[row], -score, row) for score, row in ranked]
+        kept = rows[0] >= 0
+        found, cosines = rows[0][kept], np.round(scores[0][kept].astype(np.float64), 5)
+        order = np.lexsort((found, -cosines))
+        return [Hit(self.phrases[row], score, row) for row, score in zip(found[order].tolist(), cosines[order].tolist(), strict=True)]
 
     def likeness(self, values: Sequence[str]) -> Floats:
         """How like values are, 0..1, [values, values]: the cosine of what sets their phrases apart from all values', at least 0."""

@@ -21,6 +21,7 @@ check: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(RUN)python -m benchmarks.selection
+	$(RUN)python -m benchmarks.large_index
 	$(RUN)python -m benchmarks.embedded_model
 	$(RUN)python -m benchmarks.startup
 	$(RUN)python -m benchmarks.engine

@@ -27,7 +27,8 @@ HONEST = (
 )
 
 
-def show(console: Console, output: Output) -> None:
+def show_comments(console: Console, output: Output) -> None:
+    """The values at stake and what was said from each: in all modes the same."""
     heard = Table("Value heard", "Score", "Why")
     for value in output["values"]:
         heard.add_row(escape(value["name"]), f"{value['score']:.2f}", escape(value["reason"]))
@@ -37,6 +38,9 @@ def show(console: Console, output: Output) -> None:
     for comment in output["comments"]:
         said.add_row(f"[cyan]{escape(comment['name'])}[/]", escape(textwrap.shorten(comment["text"], 140, placeholder=" ...")))
     console.print(said)
+
+
+def show_answer(console: Console, output: Output) -> None:
     console.print("[bold]Answer[/]")
     console.print(escape(output["response"]))
     if output["chosen"]:
@@ -60,13 +64,15 @@ def main() -> None:
     # The graph would load them when it first runs; here the time of each is to be seen.
     _ = graph.resources.index, graph.resources.directions
     console.print(f"Loaded in {time.perf_counter() - started:.1f} s.\n\n[bold]{escape(QUERY)}[/]")
-    for title, given in ASKED.items():
+    for number, (title, given) in enumerate(ASKED.items()):
         console.print()
         console.rule(f"[bold]{escape(title)}[/]", align="left")
         started = time.perf_counter()
         output = graph.invoke(given)
         seconds = time.perf_counter() - started
-        show(console, output)
+        if number == 0:
+            show_comments(console, output)
+        show_answer(console, output)
         console.print(f"[dim]{output['mode']}: {seconds:.1f} s[/]")
     graph.close()
     console.print(f"\n{escape(HONEST)}")

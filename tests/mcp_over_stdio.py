@@ -1,4 +1,4 @@
-"""`vispa mcp` on an engine without a model that prints where it must not; started by `test_mcp_server.py`."""
+"""`vispa` on an engine without a model that prints where it must not; started by `test_mcp_server.py` and `test_tracing.py`."""
 
 from __future__ import annotations
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -155,6 +158,19 @@ def test_it_is_fitted_once_and_found_in_the_cache_by_later_runs(make_resources, 
         assert notes[0] == notes[1]
     assert sum("Jehovah" in text for text in first.read_texts) == 32
     assert not any("Jehovah" in text for text in getattr(later, "read_texts", []))
+
+
+def test_asked_for_by_many_threads_at_once_it_is_fitted_once(make_resources, tmp_path):
+    class Slow(Witnessing):
+        def read(self, conversations, progress=None):
+            time.sleep(0.1)
+            return super().read(conversations, progress)
+
+    engine = Slow()
+    resources = make_resources(engine=engine, cache=tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(resources.attribute_steering, [WITNESS] * 4))
+    assert len(engine.read_texts) == 64
 
 
 def test_the_cache_does_not_hold_the_attribute_in_words(make_resources, tmp_path):

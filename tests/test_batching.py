@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 
 import pytest
@@ -168,8 +169,28 @@ def test_a_cancelled_request_is_skipped_and_its_neighbours_run(batcher_of):
     assert (futures[0].result(30), futures[2].result(30)) == (0, 4)
     assert batcher.submit(Job("c", 1, 5)).result(30) == 10
     assert run.batches == [[("first", 0)], [("a", 0), ("a", 2)], [("c", 5)]]
+    assert wait(futures, 30).not_done == set()
     with pytest.raises(CancelledError):
         futures[1].result()
+
+
+def test_a_worker_that_waits_holds_nothing_of_what_it_ran(batcher_of):
+    class Prompt:
+        pass
+
+    def run(jobs):
+        for job in jobs:
+            job.finish(None)
+
+    prompt = Prompt()
+    left = weakref.ref(prompt)
+    batcher = batcher_of(run)
+    batcher.submit(Job("a", 1, prompt)).result(30)
+    del prompt
+    until = time.monotonic() + 30
+    while left() is not None and time.monotonic() < until:
+        time.sleep(0.001)
+    assert left() is None
 
 
 def test_closing_refuses_the_waiting_and_the_new_and_finishes_what_runs(batcher_of):

@@ -365,12 +365,35 @@ def test_a_cached_answer_is_never_that_of_another_model_direction_or_option(make
         make_resources(engine=other_engine()).chat_model.for_value("karma"),
         make_resources(strength=2).chat_model.for_value("karma"),
     ]
+    one, other = (steering.direction for steering in (model.steering, model.for_value("honor").steering))
+    for strength in (1.0, 2.0):  # of a value that is in it twice
+        parts = [replace(model.steering, direction=d, strength=s) for d, s in ((one, 1.0), (other, strength), (other, 1.0))]
+        others.append(model.model_copy(update={"steering": replace(parts[0], others=tuple(parts[1:]))}))
     keys = [key(model), key(model, seed=3), *map(key, others)]
     assert len(set(keys)) == len(keys)
     assert key(make_resources().chat_model.for_value("karma")) == key(model)
 
 
 # Giving up, and closing
+
+
+def test_only_who_streams_has_each_piece_decoded(model):
+    model.invoke(QUESTION)
+    asyncio.run(model.ainvoke(QUESTION))
+    list(model.stream(QUESTION))
+    assert [request.on_token is None for request in model.engine.requests] == [True, True, False]
+
+
+def test_an_interrupted_call_frees_its_row():
+    class Interrupted(Future):
+        def result(self, timeout=None):
+            raise KeyboardInterrupt
+
+    engine = Held()
+    engine.generate = lambda request: setattr(engine, "future", Interrupted()) or engine.future
+    with pytest.raises(KeyboardInterrupt):
+        model_of(engine).invoke(QUESTION)
+    assert engine.future.cancelled()
 
 
 class Slow(FakeEngine):

@@ -49,7 +49,6 @@ from vispa_graph.errors import (
     EngineMemoryError,
     InputError,
     LayerError,
-    ModelError,
     ModelNotFoundError,
     NonFiniteError,
     NotCausalError,
@@ -267,9 +266,8 @@ def test_steering_generated_positions_equals_adding_from_the_last_prompt_token_o
 def test_where_a_prompt_cannot_be_shared_generated_positions_are_refused_with_the_reason(architecture, opened):
     engine = opened(tiny_model(architecture))
     assert engine.describe()["generated_positions"] is False
-    for request in (ask(PROMPT, steering=steer(random_direction(LAYERS), positions="generated")),):
-        with pytest.raises(UnsteerableModelError, match=r"generated positions only: its cache .* Steer all positions"):
-            engine.generate(request).result(60)
+    with pytest.raises(UnsteerableModelError, match=r"generated positions only: its cache .* Steer all positions"):
+        engine.generate(ask(PROMPT, steering=steer(random_direction(LAYERS), positions="generated"))).result(60)
     assert engine.generate(ask(PROMPT, steering=steer(random_direction(LAYERS)), max_new_tokens=2)).result(60).steering
 
 
@@ -770,8 +768,8 @@ def test_a_text_that_becomes_another_when_its_batch_is_run_again_fails_if_it_was
 def test_deadlines_hold_for_requests_of_a_batch_that_wait_for_a_part_of_it(opened):
     model = silent_end(tiny_model())
     engine = opened(model)
-    handle = model.register_forward_pre_hook(lambda *_: time.sleep(0.005))
-    try:
+
+    def run():
         with worker_held(engine):
             ahead = engine.generate(ask(PROMPT, max_new_tokens=CONTEXT - 100))
             late = engine.generate(ask("x" * 200, max_new_tokens=8, timeout=0.3))  # too long to share the context with the first
@@ -781,6 +779,11 @@ def test_deadlines_hold_for_requests_of_a_batch_that_wait_for_a_part_of_it(opene
             late.result(60)
         assert not ahead.done()
         ahead.cancel()
+        engine.generate(ask("Why?", max_new_tokens=1)).result(60)
+
+    handle = model.register_forward_pre_hook(lambda *_: time.sleep(0.005))
+    try:
+        assert max(map(len, prompts_seen(model, run))) < 200  # neither was run
     finally:
         handle.remove()
 
@@ -905,6 +908,21 @@ def test_closing_from_a_callback_lets_the_running_batch_finish_steered(opened):
 
 
 # Sampling and streaming
+
+
+def test_the_time_to_the_first_token_counts_from_the_moment_a_request_is_handed_over(opened):
+    model = silent_end(tiny_model())
+    engine = opened(model)
+    handle = model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    try:
+        begun = time.monotonic()
+        with worker_held(engine):
+            future = engine.generate(ask(PROMPT, max_new_tokens=5))
+            time.sleep(0.1)
+        first = future.result(60).first_token_seconds
+        assert 0.12 <= first <= time.monotonic() - begun - 4 * 0.02
+    finally:
+        handle.remove()
 
 
 def test_sampling_repeats_with_its_seed_and_changes_with_another(engines):
@@ -1098,6 +1116,7 @@ def test_option_scores_are_the_next_tokens_softmax_over_both_spellings_of_each_l
         assert scores.probabilities == pytest.approx(expected, rel=1e-3, abs=1e-5)
         assert scores.mass == pytest.approx(mass, rel=1e-3)
         assert scores.cut_tokens == 0
+        assert scores.prompt_tokens > 0
 
 
 def test_a_tokenizer_with_one_spelling_of_a_letter_is_scored_on_that_one(opened):
@@ -1176,11 +1195,14 @@ def test_activations_that_are_not_finite_fail_readings(opened):
         engine.generate(ask(PROMPT, steering=steer(random_direction([1])))).result()
 
 
-@pytest.mark.parametrize("part", ["vectors", "bias"])
+@pytest.mark.parametrize("part", ["vectors", "bias", "alpha"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_direction_that_is_not_finite_is_refused_and_fails_no_other_request(part, bad, engines):
     direction = random_direction(LAYERS)
-    getattr(direction, part)[1] = bad
+    if part == "alpha":
+        direction = replace(direction, alpha=bad)
+    else:
+        getattr(direction, part)[1] = bad
     with worker_held(engines["llama"]):
         other = engines["llama"].generate(ask(PROMPT, max_new_tokens=2))
         with pytest.raises(NonFiniteError, match="'value'"):
@@ -1428,6 +1450,23 @@ def test_a_device_map_passes_through_and_without_accelerate_is_refused_with_the_
     assert (given[0]["device_map"], given[0]["dtype"]) == ("auto", torch.float16)
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ImportError("Loading a GPTQ quantized model requires optimum"), r"not installed \(ImportError: .*requires optimum\)"),
+        (torch.OutOfMemoryError("CUDA out of memory"), r"does not fit into memory .* bfloat16"),
+        (MemoryError(), r"does not fit into memory .* bfloat16"),
+    ],
+)
+def test_a_model_for_which_a_package_or_memory_is_lacking_is_refused_with_the_remedy(error, reason, saved, monkeypatch):
+    def load(*_, **options):
+        raise error
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(SettingsError, match=reason):
+        HuggingFaceEngine.load(str(saved(tiny_model())))
+
+
 def test_loading_from_a_folder_prints_nothing(saved, capfd):
     folder = saved(tiny_model())
     capfd.readouterr()
@@ -1492,9 +1531,12 @@ def cut_weights(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def narrower(folder):
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}), encoding="utf-8")
+def configured(**changes):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
+
+    return change
 
 
 DAMAGE = {
@@ -1505,7 +1547,9 @@ DAMAGE = {
     "no weights": without("model.safetensors"),
     "weights cut short": cut_weights,
     "weights that are something else": written("model.safetensors", "not tensors"),
-    "weights of other shapes": narrower,
+    "weights of other shapes": configured(intermediate_size=40),
+    "a depth that is no number": configured(num_hidden_layers="five"),
+    "a number of heads that none can have": configured(num_attention_heads=0),
     "a tokenizer that is not JSON": written("tokenizer.json", "{"),
     "no tokenizer": without("tokenizer.json"),
 }
@@ -1517,10 +1561,6 @@ def test_a_folder_that_holds_no_whole_model_is_refused_with_what_it_needs(damage
     DAMAGE[damage](folder)
     with pytest.raises(NotCausalError, match=r"config\.json, safetensors weights and a tokenizer"):
         HuggingFaceEngine.load(str(folder))
-
-
-def test_every_loading_error_is_a_model_error():
-    assert all(issubclass(error, ModelError) for error in (ModelNotFoundError, NotCausalError, UnsteerableModelError, NonFiniteError))
 
 
 # Many threads

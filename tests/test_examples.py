@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from ast import literal_eval
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -212,3 +213,15 @@ def test_the_readme_names_every_command_setting_input_and_output():
     assert {line.split()[1] for line in commands()} == set(vispa.commands)
     assert set(Settings.model_fields) <= shown
     assert set(Input.__annotations__) | set(Output.__annotations__) <= shown
+
+
+def test_the_readme_gives_every_setting_its_default():
+    table = section(README, "## Settings", "## Traces")
+    told = dict(re.findall(r"^\| `([a-z_]+)` \| (.+?) \|", table, re.MULTILINE))
+    assert list(told) == list(Settings.model_fields)
+    for name, default in told.items():
+        actual = Settings.model_fields[name].default
+        if default == "none" or default.startswith("the model's own"):
+            assert not actual, name
+        elif name != "cache":
+            assert literal_eval(default.strip("`")) == actual, name

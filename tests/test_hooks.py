@@ -192,11 +192,10 @@ def test_the_displacement_is_the_norm_of_all_that_was_added_as_a_share_of_the_la
     vectors = np.array([[3.0, 0, 0], [0, 4.0, 0]], np.float32)
     direction = Direction("value", "pca", (0, 1), vectors, np.zeros(2, np.float32), 1.0, np.ones(2, np.float32))
     plan = BatchPlan([steer(direction, strength=2.0), None], CPU)
-    hidden = states_of([0.0, 0.0, 20.0], [1.0, 1.0, 1.0])
-    plan.apply(0, hidden)
-    plan.apply(1, hidden)
+    plan.apply(0, states_of([0.0, 0.0, 20.0], [1.0, 1.0, 1.0]))
+    plan.apply(1, states_of([0.0, 0.0, 40.0], [1.0, 1.0, 1.0]))
     report = plan.report(0)
-    assert report.displacement == pytest.approx(10 / 20)
+    assert report.displacement == pytest.approx(10 / 40)
     assert report.magnitude == (2.0, 2.0)
     assert report.before is None
     assert report.after is None

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 import anyio
 import httpx2
 import pytest
+from collector import Collector
 from mcp import MCPError
 from mcp.client.client import Client
 from mcp.client.stdio import StdioServerParameters
@@ -214,6 +216,16 @@ def test_it_listens_on_the_loopback_interface_alone(url):
 
 # Standard input and output
 
+GREETING = (
+    {
+        "jsonrpc": "2.0",
+        "id": 1,
+        "method": "initialize",
+        "params": {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "t", "version": "0"}},
+    },
+    {"jsonrpc": "2.0", "method": "notifications/initialized"},
+)
+
 
 @pytest.mark.slow
 def test_only_protocol_goes_to_stdout_whatever_comes_in_or_is_printed():
@@ -221,9 +233,7 @@ def test_only_protocol_goes_to_stdout_whatever_comes_in_or_is_printed():
         b"not json",
         b"\xff\xfe",
         b"[]",
-        b'{"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {"protocolVersion": "2025-06-18", "capabilities": {},'
-        b' "clientInfo": {"name": "t", "version": "0"}}}',
-        b'{"jsonrpc": "2.0", "method": "notifications/initialized"}',
+        *(json.dumps(message).encode() for message in GREETING),
         json.dumps(call(2, "x" * 5_000_000)).encode(),
         b'{"jsonrpc": "2.0", "id": 3, "method": "no/such"}',
         json.dumps(call(4, QUERY)).encode(),
@@ -257,6 +267,43 @@ def test_only_protocol_goes_to_stdout_whatever_comes_in_or_is_printed():
 
 def call(number, query):
     return {"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": {"name": "ask", "arguments": {"query": query, "values": ["karma"]}}}
+
+
+# Traces
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["stdin ends", "terminated", "interrupted"])
+def test_what_was_traced_is_sent_before_the_server_ends(cache, way):
+    with Collector() as collector:
+        tracing = {"LANGSMITH_TRACING": "true", "LANGSMITH_API_KEY": "test", "LANGSMITH_ENDPOINT": collector.url, "VISPA_MCP_TOKEN": TOKEN}
+        command = [sys.executable, str(TESTS / "mcp_over_stdio.py"), "mcp", *([] if way == "stdin ends" else ["--http", "0"])]
+        process = subprocess.Popen(
+            command, env=environment() | tracing, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        if way == "stdin ends":
+            for message in (*GREETING, call(2, QUERY)):
+                process.stdin.write(json.dumps(message) + "\n")
+            process.stdin.flush()
+            while '"id":2' not in process.stdout.readline():
+                pass
+            process.stdin.close()
+        else:
+            url = process.stderr.readline().split()[-1]
+
+            async def ask():
+                headers = {"Authorization": f"Bearer {TOKEN}"}
+                async with Client(streamable_http_client(url, http_client=httpx2.AsyncClient(headers=headers, timeout=60))) as client:
+                    assert not (await client.call_tool("ask", {"query": QUERY, "values": ["karma"]})).is_error
+
+            anyio.run(ask)
+            process.send_signal(signal.SIGTERM if way == "terminated" else signal.SIGINT)
+        process.stdout.read()
+        assert process.wait(60) == {"stdin ends": 0, "terminated": 143, "interrupted": 130}[way]
+        sent = {run["name"]: run for run in collector.runs.values()}
+        assert set(sent) == {"vispa", "retrieve", "rerank", "steer", "steer karma", "overton", "compose"}
+        assert all(run.get("end_time") for run in sent.values())
+        assert QUERY.encode() not in collector.bytes
 
 
 # Memory

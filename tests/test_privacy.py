@@ -230,9 +230,21 @@ def logged(caplog, capfd):
     return read
 
 
+SEARCHED = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def told(request):
+    """Prints how much was searched."""
+    yield
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n{len(SEARCHED)} outputs of observers and logs searched for texts, {sum(SEARCHED)} bytes")  # noqa: T201
+
+
 def check_private(*read):
     for everything in (reading() for reading in read):
         assert MARK.encode() not in everything
+        SEARCHED.append(len(everything))
     return True
 
 
@@ -277,6 +289,11 @@ def in_a_traceable(graph, config):
     traceable(lambda case: bool(graph.invoke(INPUTS["overton"], config)), name="host")(7)
 
 
+async def events_v3(runnable, data, config):
+    stream = await runnable.astream_events(data, config, version="v3")
+    await (stream.output() if callable(stream.output) else stream.output)
+
+
 WAYS = {
     "invoke": lambda graph, config: graph.invoke(INPUTS["overton"], config),
     "ainvoke": lambda graph, config: asyncio.run(graph.ainvoke(INPUTS["overton"], config)),
@@ -295,6 +312,10 @@ WAYS = {
     "model stream": lambda graph, config: list(graph.resources.chat_model.stream(QUERY, config)),
     "async model": lambda graph, config: asyncio.run(graph.resources.chat_model.ainvoke(QUERY, config)),
     "async model stream": lambda graph, config: asyncio.run(drain(graph.resources.chat_model.astream(QUERY, config))),
+    "events v3": lambda graph, config: graph.stream_events(INPUTS["overton"], config, version="v3").output,
+    "async events v3": lambda graph, config: asyncio.run(events_v3(graph, INPUTS["overton"], config)),
+    "model events v3": lambda graph, config: graph.resources.chat_model.stream_events(QUERY, config, version="v3").output,
+    "async model events v3": lambda graph, config: asyncio.run(events_v3(graph.resources.chat_model, QUERY, config)),
 }
 
 
@@ -454,7 +475,8 @@ def test_debug_output_does_not_leak(make_graph, logged):
 
 def test_metadata_and_configuration_of_the_caller_do_not_pass_but_the_thread_does(make_graph, collector):
     with own_tracer(collector) as (config, read):
-        given = {"metadata": {"patient": MARK}, "configurable": {"record": MARK, "thread_id": "t-1"}}
+        metadata = {"patient": MARK, f"{MARK} of ward 4": 1, "settings": {"ward": MARK}, "model": {MARK: MARK}, "engine": 7}
+        given = {"metadata": metadata, "configurable": {"record": MARK, "thread_id": "t-1"}}
         make_graph(checkpointer=InMemorySaver()).invoke(INPUTS["overton"], {**config, **given})
         assert check_private(read)
     assert {run["extra"]["metadata"].get("thread_id") for run in collector.runs.values() if run["name"] == "vispa"} == {"t-1"}

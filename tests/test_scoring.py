@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -317,6 +318,15 @@ def test_the_surer_perspective_weighs_more_by_the_softmax_of_the_entropies():
     weight = np.exp(-entropies[0]) / np.exp(-entropies).sum()
     assert weight > 0.9
     assert mixed == pytest.approx(weight * 1.2 * sure)
+
+
+def test_in_decoding_a_weight_counts_as_that_many_perspectives():
+    one, two = ballots("one", "two")
+    [weighted], [repeated], [alike] = (
+        decode_plurally(FakeEngine(), asked)[0] for asked in ([replace(one, weight=3), two], [one] * 3 + [two], [one, two])
+    )
+    assert weighted == pytest.approx(repeated)
+    assert weighted != pytest.approx(alike)
 
 
 def test_a_distribution_in_words_begins_with_the_likeliest_option():

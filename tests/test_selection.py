@@ -139,3 +139,40 @@ def test_the_retrievers_show_each_step_as_documents_with_scores(resources):
 def test_the_reranker_finds_its_own_candidates_where_it_is_given_none(resources):
     reranked = ValueReranker(index=resources.index, selector=resources.selector, k=6).invoke(FATHER)
     assert [d.metadata["value"] for d in reranked] == [s.value for s in select_values(FATHER, resources=resources)]
+
+
+@st.composite
+def ranked_values(draw):
+    """Values with scores, best first, and how like they are."""
+    scores = sorted(draw(st.lists(st.floats(0, 1), min_size=1, max_size=8)), reverse=True)
+    n = len(scores)
+    cells = np.array(draw(st.lists(st.floats(0, 1), min_size=n * n, max_size=n * n)), dtype=np.float32).reshape(n, n)
+    return [Selected(f"v{place}", score, "-") for place, score in enumerate(scores)], (cells + cells.T) / 2
+
+
+@given(ranked_values(), st.integers(1, 9), st.floats(0, 1), st.floats(0, 1))
+def test_whatever_the_diversity_k_values_of_at_least_the_lowest_score_are_chosen_once_each(found, k, min_score, diversity):
+    ranked, likeness = found
+    allowed = [s for s in ranked if s.score >= min_score]
+    chosen = choose(ranked, k, min_score=min_score, diversity=diversity, likeness=likeness)
+    assert len(chosen) == min(k, len(allowed))
+    assert len({s.value for s in chosen}) == len(chosen)
+    assert all(s in allowed for s in chosen)
+    assert choose(ranked, k, min_score=min_score, diversity=0, likeness=likeness) == allowed[:k]
+
+
+@given(ranked_values(), st.integers(1, 8), st.floats(0, 0.99))
+def test_the_best_value_comes_first_whatever_the_diversity_and_fewer_are_the_first_of_more(found, k, diversity):
+    ranked, likeness = found
+    chosen = choose(ranked, k, diversity=diversity, likeness=likeness)
+    assert chosen[0].score == ranked[0].score
+    assert choose(ranked, 8, diversity=diversity, likeness=likeness)[:k] == chosen
+
+
+def test_how_like_two_values_are_is_between_0_and_1_symmetric_and_1_for_the_same(resources):
+    likeness = resources.index.likeness(resources.taxonomy.ids)
+    assert likeness.shape == (31, 31)
+    assert likeness.min() >= 0
+    assert likeness.max() <= 1
+    assert likeness == pytest.approx(likeness.T)
+    assert likeness.diagonal() == pytest.approx(np.ones(31), abs=1e-5)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -18,6 +20,7 @@ from vispa_graph.engine.fake import FakeEngine
 from vispa_graph.errors import EngineClosedError, NonFiniteError, ResumeError
 from vispa_graph.graph import create_graph
 from vispa_graph.provenance import NOT_DECISIVE
+from vispa_graph.resources import Profile
 from vispa_graph.settings import Settings
 
 FIRST = "My niece is 30 and refuses a transfusion because of her faith. May the doctors respect that?"
@@ -175,6 +178,26 @@ def test_no_comment_or_note_of_an_earlier_turn_counts_in_a_later_one(make_resour
     assert second["distribution"] == alone["distribution"]
 
 
+def test_conversations_that_go_on_at_the_same_time_never_mix(make_resources, saver, capsys):
+    graph, turns = create_graph(resources=make_resources(), checkpointer=saver), 8
+
+    def converse(number):
+        thread, chance = {"configurable": {"thread_id": str(number)}}, random.Random(number)
+        for turn in range(turns):
+            values = chance.sample(["karma", "honor", "fairness", "ubuntu", "power"], chance.randint(1, 3))
+            out = graph.invoke({"query": f"Case {number}, turn {turn}?", "values": values}, thread)
+            assert heard(out) == values
+            assert len(out["notes"]) == (turn > 0)
+            assert out["attribution"] or out["response"]
+        return graph.get_state(thread).values["turns"]
+
+    with ThreadPoolExecutor(4) as pool:
+        kept = list(pool.map(converse, range(4)))
+    assert kept == [[f"Case {number}, turn {turn}?" for turn in (0, 4, 5, 6, 7)] for number in range(4)]
+    with capsys.disabled():
+        print(f"\n4 conversations at the same time, {turns} turns each")  # noqa: T201
+
+
 def test_a_new_turn_while_a_review_waits_starts_afresh(make_resources, saver):
     graph = create_graph(resources=make_resources(), checkpointer=saver, review=True)
     graph.invoke({"query": FIRST, "values": TWO}, THREAD)
@@ -235,6 +258,13 @@ def test_nor_aggregated_by_another_model_when_all_comments_are_finished(make_res
     with pytest.raises(Exception, match="empty summary"):
         create_graph(resources=silent, checkpointer=saver).invoke({"query": FIRST, "values": TWO}, THREAD)
     with pytest.raises(ResumeError, match="another main_llm than"):
+        create_graph(resources=make_resources(), checkpointer=saver).invoke(None, THREAD)
+
+
+def test_nor_with_other_defaults_of_the_model(make_resources, saver, monkeypatch):
+    broken_off(make_resources, saver)
+    monkeypatch.setattr("vispa_graph.resources.Resources._read_profile", lambda self: Profile(target_probability=0.7))
+    with pytest.raises(ResumeError, match="another profile than"):
         create_graph(resources=make_resources(), checkpointer=saver).invoke(None, THREAD)
 
 

@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.tracers.langchain import LangChainTracer
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
+from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
+from langgraph.types import Command
 from langsmith import Client
 from typing_extensions import TypedDict
 
@@ -110,6 +113,15 @@ def test_tags_of_the_whole_run_say_mode_and_method(make_graph):
     assert "method:unsteered" in traced(make_graph(strength=0), INPUTS["overton"]).tags
 
 
+def test_tags_of_a_run_that_goes_on_say_the_method_and_its_comments_the_mode_too(make_resources):
+    graph = create_graph(resources=make_resources(top_k=2), review=True, checkpointer=InMemorySaver())
+    thread = {"configurable": {"thread_id": "1"}}
+    graph.invoke(INPUTS["overton"], thread)
+    resumed = traced(graph, Command(resume=TWO), **thread)
+    assert "method:probe" in resumed.tags
+    assert all({"mode:overton", "method:probe"} <= set(run.tags) for run in runs(resumed) if run.name.startswith("steer "))
+
+
 def test_a_composed_answer_is_a_chain_run_with_its_attribution(make_graph):
     tree = traced(make_graph(aggregation="compose", trace_content=True), INPUTS["overton"])
     compose = next(run for run in runs(tree) if run.name == "compose")
@@ -121,7 +133,9 @@ def test_scores_of_options_are_llm_runs_with_their_probabilities(make_graph):
     tree = traced(make_graph(), INPUTS["distributional"])
     scored = [run for run in runs(tree) if run.name == "score options"]
     assert [run.metadata["value"] for run in scored] == [comment["value"] for comment in tree.outputs["comments"]]
-    rows = [run.outputs["generations"][0][0]["message"]["kwargs"]["response_metadata"]["probabilities"] for run in scored]
+    messages = [run.outputs["generations"][0][0]["message"]["kwargs"] for run in scored]
+    assert all(message["usage_metadata"]["input_tokens"] > 0 for message in messages)
+    rows = [message["response_metadata"]["probabilities"] for message in messages]
     mean = [sum(column) / 2 for column in zip(*rows, strict=True)]
     assert mean == pytest.approx(list(tree.outputs["distribution"].values()))
 
@@ -394,16 +408,47 @@ def test_an_odd_but_valid_file_is_drawn(tmp_path):
     assert draw(read_trace(tmp_path / "trace.json")) is not None
 
 
+# The command line, traced as the environment says
+
+
+def tracing_to(url, protocol, cache):
+    """An environment with as much patience as the clients may be given."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "VISPA_CACHE": str(cache)}
+    environment |= {"LANGSMITH_TRACING": "true", "LANGSMITH_API_KEY": "test", "LANGSMITH_ENDPOINT": url, "LANGSMITH_TIMEOUT_MS": "600000"}
+    if protocol == "opentelemetry":
+        environment |= {"LANGSMITH_OTEL_ENABLED": "true", "LANGSMITH_OTEL_ONLY": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": url}
+        environment |= {"OTEL_EXPORTER_OTLP_TIMEOUT": "600", "OTEL_BSP_EXPORT_TIMEOUT": "600000"}
+    return environment
+
+
+both_protocols = pytest.mark.parametrize("protocol", ["langsmith", "opentelemetry"])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["langsmith", "opentelemetry"])
-def test_the_command_line_ends_although_its_endpoint_never_answers(cache, mode):
+@both_protocols
+@pytest.mark.parametrize("endpoint", ["refuses", "never answers"])
+def test_the_command_line_ends_soon_after_its_answer_although_its_endpoint_is_dead(cache, protocol, endpoint):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "VISPA_CACHE": str(cache), "LANGSMITH_TRACING": "true", "LANGSMITH_API_KEY": "test"}
-        environment |= {"LANGSMITH_ENDPOINT": url, "LANGSMITH_TIMEOUT_MS": "600000"}
-        if mode == "opentelemetry":
-            environment |= {"LANGSMITH_OTEL_ENABLED": "true", "LANGSMITH_OTEL_ONLY": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": url}
-            environment |= {"OTEL_EXPORTER_OTLP_TIMEOUT": "600", "OTEL_BSP_EXPORT_TIMEOUT": "600000"}
+        url = f"http://127.0.0.1:{9 if endpoint == 'refuses' else silent.getsockname()[1]}"
         command = [sys.executable, "-m", "vispa_graph", "ask", QUERY, "--value", "karma", "--max-new-tokens", "5", "--json"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert (done.returncode, json.loads(done.stdout)["mode"]) == (0, "overton")
+        with subprocess.Popen(command, env=tracing_to(url, protocol, cache), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            started = time.monotonic()
+            answer = os.read(process.stdout.fileno(), 1)
+            answered = time.monotonic()
+            answer += process.stdout.read()
+            assert process.wait(120) == 0
+            ended = time.monotonic()
+    assert json.loads(answer)["mode"] == "overton"
+    # benchmarks/tracing.py measures the two seconds that are allowed. A busy machine takes longer for all, and a client that is waited for 12 and more.
+    assert ended - answered < max(4, (answered - started) / 2)
+
+
+@pytest.mark.slow
+@both_protocols
+def test_the_command_line_sends_what_it_traced_before_it_ends(cache, collector, protocol):
+    command = [sys.executable, str(ROOT / "tests" / "mcp_over_stdio.py"), "ask", QUERY, "--value", "karma"]
+    subprocess.run(command, env=tracing_to(collector.url, protocol, cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+    assert {run["name"] for run in collector.runs.values()} | {span.name for span in collector.spans} == {
+        *("vispa", "retrieve", "rerank", "steer", "steer karma", "overton", "compose")
+    }
+    assert QUERY.encode() not in collector.bytes

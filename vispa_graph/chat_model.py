@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import queue
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
@@ -137,7 +136,7 @@ class SteeredChatModel(BaseChatModel):
             }
             if self.steering.others:
                 params["values"] = {part.direction.value: part.strength for part in self.steering.parts}
-                params["others"] = [[_digest(part.direction), part.target_probability] for part in self.steering.parts[1:]]
+                params["others"] = [[_digest(part.direction), part.strength, part.target_probability] for part in self.steering.parts[1:]]
         return params
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
@@ -191,15 +190,23 @@ class SteeredChatModel(BaseChatModel):
             async for chunk in chunks:
                 yield chunk
 
-    def _ask(
-        self, messages: list[BaseMessage], options: dict[str, Any], on_token: Callable[[str], None] | None = None
-    ) -> tuple[Future[Generation], _Clock]:
-        """Hand a request to the engine; the clock takes the time to its first token."""
+    def _chat_model_stream_v3(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """`stream_events(version="v3")`, which passes by `stream`, private."""
+        guard, model = self.privacy.guard(config), self.privacy.model(self)
+        with guard:
+            return super(SteeredChatModel, model)._chat_model_stream_v3(input, guard.config, **kwargs)
+
+    async def _achat_model_stream_v3(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """The same, async."""
+        guard, model = self.privacy.guard(config, is_async=True), self.privacy.model(self)
+        with guard:
+            return await super(SteeredChatModel, model)._achat_model_stream_v3(input, guard.config, **kwargs)
+
+    def _ask(self, messages: list[BaseMessage], options: dict[str, Any], on_token: Callable[[str], None] | None = None) -> Future[Generation]:
+        """Hand a request to the engine, with a listener only where someone listens: each piece of a text costs a decoding of all before it."""
         turns: list[Message] = [{"role": _ROLES.get(m.type, "user"), "content": m.text} for m in messages]  # type: ignore[typeddict-item]
         chosen = self._options(options)
-        clock = _Clock(on_token)
-        request = GenerationRequest(turns, self.steering, chosen.max_new_tokens, chosen.temperature, chosen.seed, clock.heard)
-        return self.engine.generate(request), clock
+        return self.engine.generate(GenerationRequest(turns, self.steering, chosen.max_new_tokens, chosen.temperature, chosen.seed, on_token))
 
     def _options(self, given: dict[str, Any]) -> _Options:
         own = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": self.seed}
@@ -212,20 +219,22 @@ class SteeredChatModel(BaseChatModel):
     def _generate(
         self, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: CallbackManagerForLLMRun | None = None, **kwargs: Any
     ) -> ChatResult:
-        future, clock = self._ask(messages, kwargs)
-        return self._result(future.result(), clock, stop)
+        future = self._ask(messages, kwargs)
+        try:
+            return self._result(future.result(), stop)
+        finally:
+            future.cancel()  # whoever was interrupted needs no answer
 
     async def _agenerate(
         self, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any
     ) -> ChatResult:
-        future, clock = self._ask(messages, kwargs)
-        return self._result(await asyncio.wrap_future(future), clock, stop)
+        return self._result(await asyncio.wrap_future(self._ask(messages, kwargs)), stop)
 
     def _stream(
         self, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: CallbackManagerForLLMRun | None = None, **kwargs: Any
     ) -> Iterator[ChatGenerationChunk]:
         pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        future, clock = self._ask(messages, kwargs, pieces.put)
+        future = self._ask(messages, kwargs, pieces.put)
         try:
             future.add_done_callback(lambda _: pieces.put(None))
             filter_ = _Stop(stop)
@@ -234,7 +243,7 @@ class SteeredChatModel(BaseChatModel):
                     yield self._piece(text, run_manager)
             if text := filter_.rest():
                 yield self._piece(text, run_manager)
-            yield self._last(future, clock)
+            yield self._last(future)
         finally:
             future.cancel()  # whoever stopped listening needs no answer
 
@@ -248,7 +257,7 @@ class SteeredChatModel(BaseChatModel):
             with suppress(RuntimeError):  # the loop was closed: nobody listens any more
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        future, clock = self._ask(messages, kwargs, put)
+        future = self._ask(messages, kwargs, put)
         try:
             future.add_done_callback(lambda _: put(None))
             filter_ = _Stop(stop)
@@ -257,7 +266,7 @@ class SteeredChatModel(BaseChatModel):
                     yield await self._apiece(text, run_manager)
             if text := filter_.rest():
                 yield await self._apiece(text, run_manager)
-            yield self._last(future, clock)
+            yield self._last(future)
         finally:
             future.cancel()
 
@@ -275,33 +284,19 @@ class SteeredChatModel(BaseChatModel):
             await run_manager.on_llm_new_token(text, chunk=chunk)
         return chunk
 
-    def _last(self, future: Future[Generation], clock: _Clock) -> ChatGenerationChunk:
+    def _last(self, future: Future[Generation]) -> ChatGenerationChunk:
         """The closing chunk: no text, but usage and what steering did."""
         generation = future.result()
-        facts = _metadata(generation, clock)
+        facts = _metadata(generation)
         return ChatGenerationChunk(
             message=AIMessageChunk(content="", usage_metadata=_usage(generation), response_metadata=facts, chunk_position="last")
         )
 
-    def _result(self, generation: Generation, clock: _Clock, stop: list[str] | None) -> ChatResult:
+    def _result(self, generation: Generation, stop: list[str] | None) -> ChatResult:
         filter_ = _Stop(stop)
         text = filter_.take(generation.text) + filter_.rest()
-        message = AIMessage(content=text, usage_metadata=_usage(generation), response_metadata=_metadata(generation, clock))
+        message = AIMessage(content=text, usage_metadata=_usage(generation), response_metadata=_metadata(generation))
         return ChatResult(generations=[ChatGeneration(message=message)])
-
-
-class _Clock:
-    """Passes tokens on, and takes the time from its making to the first one, in seconds; None until then."""
-
-    def __init__(self, on_token: Callable[[str], None] | None) -> None:
-        self.first: float | None = None
-        self._on_token, self._started = on_token, time.perf_counter()
-
-    def heard(self, piece: str) -> None:
-        if self.first is None:
-            self.first = time.perf_counter() - self._started
-        if self._on_token:
-            self._on_token(piece)
 
 
 class _Stop:
@@ -346,8 +341,8 @@ def _digest(direction: Direction) -> str:
     return digest.hexdigest()[:16]
 
 
-def _metadata(generation: Generation, clock: _Clock) -> dict[str, Any]:
-    report = generation.steering
+def _metadata(generation: Generation) -> dict[str, Any]:
+    report, first = generation.steering, generation.first_token_seconds
     return {
         "finish_reason": generation.finish,
         "cut_tokens": generation.cut_tokens,
@@ -355,7 +350,7 @@ def _metadata(generation: Generation, clock: _Clock) -> dict[str, Any]:
         "batch_width": generation.batch_width,
         "batch_halved": generation.halved,
         "dtype": generation.dtype,
-        "first_token_seconds": clock.first and round(clock.first, 4),
+        "first_token_seconds": first and round(first, 4),
         "steering": report and _facts(report),
     }
 

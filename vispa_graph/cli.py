@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import gc
 import io
 import json
 import logging
@@ -82,7 +83,8 @@ class Commands(click.Group):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character shows a question mark
                 stream.reconfigure(errors="replace")
-        _leave_at_once_on_interrupt(ctx)
+        _leave_at_once(ctx, signal.SIGINT)
+        atexit.register(gc.freeze)  # else the process ends with a last collection over all of torch, which takes longer than the rest of its exit
         try:
             return super().invoke(ctx)
         except VispaError as error:
@@ -96,8 +98,12 @@ class Commands(click.Group):
             raise Refused(f"{place}{error.strerror or error}. Check the path, its permissions and the space left.") from error
 
 
-def _leave_at_once_on_interrupt(ctx: click.Context) -> None:
-    """Make Ctrl-C end the process: unwinding would first wait for the batch that is running, which may take minutes."""
+def _leave_at_once(ctx: click.Context, number: signal.Signals, last: Callable[[], None] | None = None) -> None:
+    """Make a signal end the process: unwinding would first wait for the batch that is running, which may take minutes.
+
+    Args:
+        last: What is still done, for two seconds at most.
+    """
     if threading.current_thread() is not threading.main_thread():
         return
 
@@ -105,10 +111,14 @@ def _leave_at_once_on_interrupt(ctx: click.Context) -> None:
         if sys.stderr.isatty():
             sys.stderr.write("\x1b[?25h\n")  # the progress display hides the cursor
             sys.stderr.flush()
-        os._exit(130)
+        if last:  # in a thread of its own: the signal may have come while this one holds a lock that it needs
+            thread = threading.Thread(target=last, daemon=True)
+            thread.start()
+            thread.join(2)
+        os._exit(128 + number)
 
-    before = signal.signal(signal.SIGINT, leave)
-    ctx.call_on_close(lambda: signal.signal(signal.SIGINT, before))
+    before = signal.signal(number, leave)
+    ctx.call_on_close(lambda: signal.signal(number, before))
 
 
 # Options
@@ -220,12 +230,15 @@ def ask(
         trace_content=trace_content or None,
     )
     given = {"query": read_query(query), "mode": mode, "attribute": attribute, "population": population, "options": list(options) or None}
-    with progress() as show:
-        output = _run(settings, given | {"values": list(asked) or None}, show, trace)
-    if as_json:
-        print_json(output)
-    else:
-        _print_answer(output)
+    try:
+        with progress() as show:
+            output = _run(settings, given | {"values": list(asked) or None}, show, trace)
+        if as_json:
+            print_json(output)
+        else:
+            _print_answer(output)
+    finally:  # not before the answer is shown
+        _send_traces()
 
 
 @main.command("trace")
@@ -348,10 +361,9 @@ def graph_command(output: Path | None, review: bool, as_json: bool) -> None:
         print_json(drawn.to_json())
     elif output is None:
         click.echo(drawn.draw_mermaid())
-    elif output.suffix == ".mmd":
-        _write(output, drawn.draw_mermaid().encode())
     else:
-        _write(output, _picture(drawn, output.suffix[1:]))
+        _write(output, drawn.draw_mermaid().encode() if output.suffix == ".mmd" else _picture(drawn, output.suffix[1:]))
+        click.echo(f"Wrote {output}.", err=True)
 
 
 @main.command()
@@ -389,6 +401,8 @@ def mcp(
         click.echo(f"vispa: serving on {url}" + ("" if token else f" with the token {secret}"), err=True)
 
     end_tracing_with_the_process()
+    for number in (signal.SIGINT, signal.SIGTERM):  # how a server over HTTP ends
+        _leave_at_once(click.get_current_context(), number, _send_traces)
     with closing(Resources(settings_of(model=model, method=method, layers=layers, values=values, top_k=top_k))) as resources:
         server = create_server(resources)
         try:
@@ -423,7 +437,6 @@ def _run(settings: Settings, given: dict[str, Any], show: Show, trace: Path | No
         finally:
             if trace and tracer and tracer.traced_runs:
                 _write(trace, TracedRun.of(tracer.traced_runs[-1]).to_json())
-            _send_traces()
 
 
 def _send_traces(seconds: float = 1.0) -> None:

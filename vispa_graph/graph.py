@@ -166,7 +166,8 @@ class PluralGraph(CompiledStateGraph[State, None, Input, Output]):
     def _guarded(self, checked: Any, config: RunnableConfig | None, *, is_async: bool) -> tuple[PluralGraph, Guard]:
         """The graph without callbacks of its own, and what keeps texts from them and from all others; tags say mode and method."""
         own = self.config or {}
-        tags = [f"mode:{checked['mode']}", f"method:{self.resources.method}"] if isinstance(checked, dict) else []
+        mode = [f"mode:{checked['mode']}"] if isinstance(checked, dict) else []  # a run that goes on knows it only once it runs
+        tags = [*mode, f"method:{self.resources.method}"]
         guard = self.resources.privacy.guard({"callbacks": own.get("callbacks")}, config, {"tags": tags}, is_async=is_async, joins=True)
         bare = {key: value for key, value in own.items() if key != "callbacks"}
         return (self.copy({"config": bare}) if own.get("callbacks") else self), guard

@@ -87,13 +87,26 @@ _STATE = frozenset().union(
 )
 _KNOWN = _LABELS | _TAXONOMY | _NUMBERS | _CONTAINERS | _STATE
 # Metadata that LangGraph, LangSmith and we write. A host's own passes through its own runs, not through ours.
-_METADATA_LABELS = (_LABELS - {"kind", "role", "step", "type"}) | {
-    *("thread_id", "checkpoint_ns", "checkpoint_id", "revision_id", "lc_versions"),
-    *("ls_provider", "ls_model_name", "ls_model_type", "ls_integration", "ls_retriever_name", "ls_vector_store_provider", "ls_embedding_provider"),
-    *("langgraph_node", "langgraph_triggers", "langgraph_path", "langgraph_checkpoint_ns", "langgraph_version"),
+_METADATA_LABELS = frozenset(
+    {
+        *("thread_id", "checkpoint_ns", "checkpoint_id", "revision_id", "lc_versions"),
+        *(
+            "ls_provider",
+            "ls_model_name",
+            "ls_model_type",
+            "ls_integration",
+            "ls_retriever_name",
+            "ls_vector_store_provider",
+            "ls_embedding_provider",
+        ),
+        *("langgraph_node", "langgraph_triggers", "langgraph_path", "langgraph_checkpoint_ns", "langgraph_version"),
+    }
+)
+# Of these what `value` lets through: labels, numbers, and texts of the taxonomy.
+_METADATA_FACTS = _NUMBERS | {
+    *("mode", "method", "model", "model_name", "engine", "direction", "_type", "value", "family"),
+    *("run_attempt", "ls_temperature", "ls_max_tokens", "langgraph_step"),
 }
-# Of these what `value` lets through: numbers, and texts of the taxonomy.
-_METADATA_FACTS = _NUMBERS | {"value", "family", "run_attempt", "ls_temperature", "ls_max_tokens", "langgraph_step"}
 _PASSED = frozenset({"run_id", "parent_run_id", "tags", "name", "run_type", "batch_size", "defers_inputs", "tool_call_id"})
 _EVENTS = {f"on_{kind}_{moment}" for kind in ("llm", "chain", "tool", "retriever") for moment in ("start", "end", "error")}
 _EVENTS |= {"on_chat_model_start", "on_llm_new_token"}
@@ -148,11 +161,9 @@ class Redactor:
         return REDACTED
 
     def metadata(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        """Metadata of a run: what programs wrote stays, other values are left out."""
-        return {
-            key: value if key in _METADATA_LABELS else self.value(value, key) if key in _METADATA_FACTS else self.text(str(value))
-            for key, value in metadata.items()
-        }
+        """Metadata of a run: what programs wrote stays, all else is left out with its keys."""
+        kept = {key: value for key, value in metadata.items() if key in _METADATA_LABELS}
+        return kept | {key: self.value(value, key) for key, value in metadata.items() if key in _METADATA_FACTS}
 
     def event(self, name: str, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The arguments of a callback as it may see them; None for an event that is not passed on."""

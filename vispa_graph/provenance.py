@@ -33,6 +33,7 @@ def describe(resources: Resources) -> dict[str, Any]:
         "taxonomy": resources.taxonomy.fingerprint,
         "encoder": getattr(resources.encoder, "fingerprint", ""),
         "main_llm": _model_name(resources),
+        "profile": repr(resources.profile),  # what settings left at None stand for
     }
 
 

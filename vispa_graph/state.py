@@ -216,7 +216,7 @@ def check_options(options: Sequence[str]) -> list[str]:
     """
     cleaned = [option.strip() for option in options]
     if not 2 <= len(cleaned) <= len(LETTERS):
-        raise OptionsError(f"There are {len(cleaned)} options, but a distribution needs 2 to {len(LETTERS)}. Give as many as that.")
+        raise OptionsError(f"A distribution needs 2 to {len(LETTERS)} options, and {len(cleaned)} came. Give as many as that.")
     blank = [number for number, option in enumerate(cleaned, 1) if not option]
     if blank:
         raise OptionsError(f"Option {blank[0]} is blank. Write it out or leave it out.")

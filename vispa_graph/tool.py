@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 from langchain_core.runnables import RunnableConfig
@@ -85,5 +86,11 @@ def explain_arguments(error: Any) -> str:
     """What is wrong with the arguments, without repeating what they held."""
     if not hasattr(error, "errors"):
         return "The arguments do not fit the tool's schema."
-    problems = "; ".join(f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}" for problem in error.errors())
-    return f"The arguments do not fit: {problems}."
+    problems = dict.fromkeys(_problem(problem) for problem in error.errors())
+    return f"The arguments do not fit: {'; '.join(problems)}."
+
+
+def _problem(problem: Mapping[str, Any]) -> str:
+    if problem["type"] == "extra_forbidden":  # a name that the caller made up may be a person's words
+        return f"there are arguments that are not known; known are {', '.join(Arguments.model_fields)}"
+    return f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"

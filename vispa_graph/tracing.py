@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
+from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 from langchain_core.runnables.config import get_callback_manager_for_config, merge_configs
@@ -67,7 +68,9 @@ def score_traced(engine: Engine, requests: Sequence[ScoreRequest], values: Seque
             continue
         facts = {"probabilities": list(score.probabilities), "mass": score.mass, "cut_tokens": score.cut_tokens}
         best = max(zip(score.probabilities, request.letters, strict=True))[1]
-        run.on_llm_end(LLMResult(generations=[[ChatGeneration(message=AIMessage(best, response_metadata=facts))]]))
+        usage = UsageMetadata(input_tokens=score.prompt_tokens, output_tokens=0, total_tokens=score.prompt_tokens)
+        message = AIMessage(best, response_metadata=facts, usage_metadata=usage)
+        run.on_llm_end(LLMResult(generations=[[ChatGeneration(message=message)]]))
         scores.append(score)
     if failure:
         raise failure

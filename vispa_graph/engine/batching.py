@@ -27,6 +27,7 @@ class Job(Generic[P]):
         new: Most tokens that it adds to them. A batch is as wide as its longest prompt and its longest answer together.
         timeout: Seconds from now until it fails with a `DeadlineError`; None for never.
         halved: How often the batch it ran in was halved for want of memory.
+        begun: When it was made, by `time.monotonic`.
     """
 
     kind: Hashable
@@ -38,7 +39,8 @@ class Job(Generic[P]):
     future: Future[Any] = field(default_factory=Future)
 
     def __post_init__(self) -> None:
-        self._deadline = None if self.timeout is None else time.monotonic() + self.timeout
+        self.begun = time.monotonic()
+        self._deadline = None if self.timeout is None else self.begun + self.timeout
         self._lock, self._claimed = threading.Lock(), False
 
     @property
@@ -141,22 +143,30 @@ class Batcher(Generic[P]):
 
     def _work(self) -> None:
         try:
-            while (batch := self._next()) is not None:
-                live = [job for job in batch if not job.dropped()]
-                if not live:
-                    continue
-                with self._changed:
-                    self._taken = live
-                try:
-                    self._run(live)
-                except BaseException as error:
-                    # A crash must fail its own requests and no others: whatever it was, the callers get to see it.
-                    for job in live:
-                        job.fail(as_ours(error))
-                with self._changed:
-                    self._taken = []
+            while self._serve():
+                pass
         finally:
             self._finish()
+
+    def _serve(self) -> bool:
+        """Wait for a batch and run it; False once closed. Whoever waits here for the next one holds nothing of the last."""
+        batch = self._next()
+        if batch is None:
+            return False
+        live = [job for job in batch if not job.dropped()]
+        if not live:
+            return True
+        with self._changed:
+            self._taken = live
+        try:
+            self._run(live)
+        except BaseException as error:
+            # A crash must fail its own requests and no others: whatever it was, the callers get to see it.
+            for job in live:
+                job.fail(as_ours(error))
+        with self._changed:
+            self._taken = []
+        return True
 
     def _next(self) -> list[Job[P]] | None:
         """Wait for a job, linger for its like, and take as many as fit; None once closed."""

@@ -171,6 +171,7 @@ class Generation:
         batch_width: Prompt tokens of that batch's longest row.
         dtype: The model's precision. Below float32, a text repeats exactly only in a batch of the same rows and width.
         halved: How many times memory ran out, and its batch was halved and run again.
+        first_token_seconds: From the moment it was handed over to its first token; None where that was not measured.
     """
 
     text: str
@@ -183,6 +184,7 @@ class Generation:
     batch_width: int = 0
     dtype: str = "float32"
     halved: int = 0
+    first_token_seconds: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +213,7 @@ class Scores:
         cut_tokens: As in `Generation`.
         logits: [vocabulary], of the next token, where they were asked for.
         spellings: For each letter the ids of all tokens that read as it, where the logits were asked for.
+        prompt_tokens: As in `Generation`.
     """
 
     probabilities: tuple[float, ...]
@@ -218,6 +221,7 @@ class Scores:
     cut_tokens: int
     logits: Floats | None = None
     spellings: tuple[tuple[int, ...], ...] = ()
+    prompt_tokens: int = 0
 
 
 @runtime_checkable

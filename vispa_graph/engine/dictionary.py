@@ -77,7 +77,8 @@ class SparseDictionary:
         width = self.layers[layer].centre.shape[0]
         if states.shape[1] != width:
             raise StoreError(
-                f"The dictionary of block {layer} is for states of width {width}, but this model's have {states.shape[1]}. Give one made for this model."
+                f"The dictionary of block {layer} is for states of width {width}, but this model's have {states.shape[1]}. "
+                "Give one made for this model."
             )
         return self.layers[layer].encode(states)
 

@@ -58,7 +58,7 @@ class FakeEngine:
                 request.steering.positions,
             )
         prompt = len(str(request.messages).split())
-        future.set_result(Generation(text, prompt, len(text.split()), "stop", report, 0, 1, batch_width=prompt))
+        future.set_result(Generation(text, prompt, len(text.split()), "stop", report, 0, 1, batch_width=prompt, first_token_seconds=0.0))
         return future
 
     def score(self, request: ScoreRequest) -> Future[Scores]:
@@ -67,7 +67,7 @@ class FakeEngine:
         weights = _generator(str(request.messages)).random(len(request.letters)) + 0.1
         future: Future[Scores] = Future()
         probabilities = weights / weights.sum()
-        scores = Scores(tuple(float(p) for p in probabilities), 0.9, 0)
+        scores = Scores(tuple(float(p) for p in probabilities), 0.9, 0, prompt_tokens=len(str(request.messages).split()))
         if request.full:  # a vocabulary of the letters and one other token
             logits = np.log(np.append(0.9 * probabilities, 0.1)).astype(np.float32)
             scores = replace(scores, logits=logits, spellings=tuple((number,) for number in range(len(weights))))

@@ -74,7 +74,8 @@ class BatchPlan:
         added = torch.zeros_like(last).index_add_(0, row, magnitude[:, None] * weights)
         if not torch.isfinite(torch.cat([added, last])).all():
             raise NonFiniteError(
-                f"The activations at layer {layer} are not finite, so no magnitude can be solved. Try dtype float32 or bfloat16, or a smaller strength."
+                f"The activations at layer {layer} are not finite, so no magnitude can be solved. "
+                "Try dtype float32 or bfloat16, or a smaller strength."
             )
         # What was added by all of a row's values together moves each value's probe.
         moved = (weights * added[row]).sum(-1)

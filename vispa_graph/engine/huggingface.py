@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -17,7 +18,6 @@ from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
@@ -66,12 +66,13 @@ class _Kind(NamedTuple):
 
 @dataclass(eq=False)
 class _Work:
-    """A request with its prompt in tokens, and what of its answer has been passed on."""
+    """A request with its prompt in tokens, what of its answer has been passed on, and the seconds until its first token."""
 
     request: GenerationRequest | ScoreRequest | None
     tokens: list[int]
     cut: int = 0
     streamed: str = ""
+    first: float | None = None
 
 
 class HuggingFaceEngine:
@@ -165,7 +166,7 @@ class HuggingFaceEngine:
         Raises:
             ModelNotFoundError: The folder does not exist, or the hub does not have the model or cannot be reached.
             NotCausalError: What is there is not a causal language model.
-            SettingsError: The device is not there, or too small; a device map without accelerate.
+            SettingsError: The device is not there, or too small, or a package that the model needs is not installed.
             UnsteerableModelError, NonFiniteError: See the class.
         """
         folder = Path(model)
@@ -184,18 +185,20 @@ class HuggingFaceEngine:
                 known = type(config) in AutoModelForCausalLM._model_mapping or getattr(config, "auto_map", None)
                 if not known or config.is_encoder_decoder:
                     raise NotCausalError(
-                        f"{model} is a {config.model_type} model, which is not a causal language model. Choose one that generates text, such as Qwen/Qwen3-4B."
+                        f"{model} is a {config.model_type} model, which is not a causal language model. "
+                        "Choose one that generates text, such as Qwen/Qwen3-4B."
                     )
                 tokenizer = AutoTokenizer.from_pretrained(model, **common)
                 common |= {"dtype": getattr(torch, dtype), "device_map": device_map, "use_safetensors": True, "output_loading_info": True}
                 loaded, found = cast(Any, AutoModelForCausalLM).from_pretrained(model, config=config, **common)
                 if found["missing_keys"]:  # transformers would go on with random weights in their place
                     raise NotCausalError(
-                        f"{model} lacks weights of a causal language model: {min(found['missing_keys'])}. Choose one saved with its language-model head."
+                        f"{model} lacks weights of a causal language model: {min(found['missing_keys'])}. "
+                        "Choose one saved with its language-model head."
                     )
-            except torch.OutOfMemoryError:
+            except VispaError:
                 raise
-            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            except Exception as error:  # of a library, of a quantisation, or of the model's own code
                 raise _load_error(model, error) from error
         if device_map is None:
             try:
@@ -345,7 +348,7 @@ class HuggingFaceEngine:
                 f"The direction of {direction.value!r} has the shape {direction.vectors.shape}, but this model needs "
                 f"{(len(direction.layers), self.width)}: it was fitted on another model. Fit it on this one."
             )
-        if not np.isfinite(direction.vectors).all() or not np.isfinite(direction.bias).all():
+        if not all(np.isfinite(numbers).all() for numbers in (direction.vectors, direction.bias, direction.alpha)):
             raise NonFiniteError(f"The direction of {direction.value!r} holds numbers that are not finite. Fit it again.")
 
     def _context(self) -> int:
@@ -452,6 +455,7 @@ class HuggingFaceEngine:
                     batch_width=width,
                     dtype=self._dtype,
                     halved=job.halved,
+                    first_token_seconds=job.payload.first,
                 )
             )
 
@@ -480,7 +484,7 @@ class HuggingFaceEngine:
                     NonFiniteError("The model gives none of the option letters any probability. Ask it with fewer options or choose another model.")
                 )
                 continue
-            scores = Scores(tuple(float(p) for p in letters / mass), mass, job.payload.cut)
+            scores = Scores(tuple(float(p) for p in letters / mass), mass, job.payload.cut, prompt_tokens=len(job.payload.tokens))
             if request.full:
                 scores = replace(scores, logits=logits[row].numpy().copy(), spellings=tuple(map(tuple, spellings)))
             job.finish(scores)
@@ -583,6 +587,8 @@ class _Row:
 
     def add(self, token: int) -> None:
         """Take the next token; sets `done` with the last one."""
+        if self.job.payload.first is None:
+            self.job.payload.first = time.monotonic() - self.job.begun
         if token in self._stops:
             self.stopped = self.done = True
         else:
@@ -734,10 +740,14 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     return sorted(ids) or None
 
 
-def _load_error(model: str, error: Exception) -> Exception:
+def _load_error(model: str, error: Exception) -> VispaError:
     """The reason why a model did not load, as one of ours."""
-    if isinstance(error, NotCausalError):
-        return error
+    if isinstance(error, ImportError):
+        return SettingsError(f"{model} needs a package that is not installed ({_first_line(error)}). Install it, or choose another model.")
+    if _out_of_memory(error):
+        return SettingsError(
+            f"{model} does not fit into memory ({_first_line(error)}). Choose a larger device, several (device_map), or a smaller dtype such as bfloat16."
+        )
     if Path(model).is_dir():
         return NotCausalError(
             f"The folder {model} does not hold a causal language model that can be loaded ({_first_line(error)}). "
@@ -758,7 +768,8 @@ def _out_of_memory(error: Exception) -> bool:
 
 def _memory_error(job: Job[_Work]) -> EngineMemoryError:
     return EngineMemoryError(
-        f"One request of {job.size} tokens does not fit into memory by itself. Shorten the prompt, ask for fewer new tokens, or load the model in bfloat16."
+        f"One request of {job.size} tokens does not fit into memory by itself. "
+        "Shorten the prompt, ask for fewer new tokens, or load the model in bfloat16."
     )
 
 

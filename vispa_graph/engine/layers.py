@@ -59,7 +59,8 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     found = _shallowest(root, depth)
     if not found:
         raise UnsteerableModelError(
-            f"{type(model).__name__} has no list of {depth} decoder blocks, so it cannot be steered. Choose a decoder-only model whose blocks stand in one ModuleList."
+            f"{type(model).__name__} has no list of {depth} decoder blocks, so it cannot be steered. "
+            "Choose a decoder-only model whose blocks stand in one ModuleList."
         )
     named = set(getattr(model, "_no_split_modules", None) or ())
     return max(found, key=lambda blocks: (type(blocks[0]).__name__ in named, sum(p.numel() for p in blocks.parameters())))

@@ -91,7 +91,8 @@ def _finish(task: SteerTask, model: SteeredChatModel, message: AIMessage, resour
     notes = [_fitted(value, model.steering.direction)] if own and model.steering else []
     if facts["cut_tokens"]:
         notes.append(
-            f"The text was too long for the model's context: {facts['cut_tokens']} tokens in its middle were left out of the comment from {value.name}."
+            f"The text was too long for the model's context: {facts['cut_tokens']} tokens in its middle were left out "
+            f"of the comment from {value.name}."
         )
     if not comment["text"]:
         notes.append(f"The model had nothing to say from {value.name}.")

@@ -15,7 +15,20 @@ import yaml
 from vispa_graph.errors import TaxonomyError
 from vispa_graph.taxonomy_index.encoder import Encoder
 from vispa_graph.taxonomy_index.precomputed import encode_phrases
-from vispa_graph.taxonomy_index.taxonomy import BIOETHICS, CONCERNS, FAMILIES, FORMS, SHIPPED, Form, Pair, Value, read_concerns, read_value, read_yaml
+from vispa_graph.taxonomy_index.taxonomy import (
+    BIOETHICS,
+    CONCERNS,
+    FAMILIES,
+    FORMS,
+    SHIPPED,
+    Concern,
+    Pair,
+    Value,
+    pair_lines,
+    read_concerns,
+    read_value,
+    read_yaml,
+)
 
 # Characters of the positive twin for each of the negative.
 LENGTH_RATIO = (0.8, 1.25)
@@ -57,7 +70,7 @@ def check_folder(folder: Path, encoder: Encoder, *, families: Collection[str] = 
     """Everything wrong with the value files of a folder, by file and line.
 
     Checked are duplicate YAML keys, whatever keeps a file from being read, duplicate ids (also of shipped values and among concerns),
-    unknown families, missing forms, and of the pairs: twins of unlike length, that share too few words, or of which only one names the
+    concerns that point at no value, unknown families, missing forms, and of the pairs: twins of unlike length, that share too few words, or of which only one names the
     value, and pairs that say nearly the same as another of the folder.
 
     Args:
@@ -73,34 +86,33 @@ def check_folder(folder: Path, encoder: Encoder, *, families: Collection[str] = 
     paths = sorted(folder.glob("*.yaml"))
     if not [path for path in paths if path.name != CONCERNS.name]:
         raise TaxonomyError(f"{folder}: the folder holds no *.yaml value files. Add one, or name another folder.")
+    known = (*FAMILIES, *families)
     problems: list[Problem] = []
     values: list[tuple[Value, yaml.Node]] = []
+    concerns: list[Concern] = []
     for path in paths:
         try:
-            is_bank = path.name == CONCERNS.name
-            value = read_concerns(path) if is_bank else read_value(path)
-            node, _ = read_yaml(path)
+            node, data = read_yaml(path)
+            problems += _duplicate_keys(path, node)
+            if path.name == CONCERNS.name:
+                concerns = read_concerns(path)
+                continue
+            if isinstance(data, dict):
+                problems += _gaps(path, node, data, known)
+            values.append((read_value(path), node))
         except TaxonomyError as error:
             problems.append(_as_problem(path, str(error)))
-            continue
-        problems += duplicate_keys(path, node)
-        if isinstance(value, Value):
-            values.append((value, node))
-    problems += _ids(values, {path.stem: path for shipped in (SHIPPED, BIOETHICS) if not shipped.samefile(folder) for path in shipped.glob("*.yaml")})
-    known = (*FAMILIES, *families)
+    shipped = {path.stem: path for own in (SHIPPED, BIOETHICS) if not own.samefile(folder) for path in own.glob("*.yaml")}
+    problems += _ids(values, shipped)
+    problems += _pointing_nowhere(concerns, {value.id for value, _ in values} | set(shipped))
     placed: list[_Placed] = []
     for value, node in values:
-        file, lines = value.file or folder, _pair_lines(node)
-        if value.family not in known:
-            problems.append(Problem(file, _line(node, "family"), f"unknown family {value.family!r}. Known: {', '.join(known)}."))
-        for form in FORMS:
-            if not value.pairs.get(form):
-                problems.append(Problem(file, _line(node, "pairs"), f"the form {form!r} is missing. Give each value pairs of all four forms."))
-            for number, pair in enumerate(value.pairs.get(form, ())):
-                placed.append(_Placed(pair, value, file, lines[form, number]))
+        file, lines = value.file or folder, pair_lines(node)
+        for form, pairs in value.pairs.items():
+            placed += [_Placed(pair, value, file, lines.get((form, number), _line(node, "pairs"))) for number, pair in enumerate(pairs)]
     for one in placed:
         problems += [Problem(one.file, one.line, message) for message in check_twins(one.pair, one.value)]
-    return sorted(problems + list(_near_duplicates(placed, encoder)))
+    return sorted({*problems, *_near_duplicates(placed, encoder)})
 
 
 def check_twins(pair: Pair, value: Value) -> Iterator[str]:
@@ -123,19 +135,36 @@ def shared_words(pair: Pair) -> float:
     return (one & other).total() / max(one.total(), other.total(), 1)
 
 
-def duplicate_keys(path: Path, node: yaml.Node) -> Iterator[Problem]:
+def _duplicate_keys(path: Path, root: yaml.Node) -> Iterator[Problem]:
     """Keys that stand twice in one mapping: YAML readers keep the last and drop the first without a word."""
-    if isinstance(node, yaml.MappingNode):
-        seen: dict[Any, int] = {}
-        for key, child in node.value:
-            line = key.start_mark.line + 1
-            if key.value in seen:
-                yield Problem(path, line, f"the key {key.value!r} stands here for the second time, first in line {seen[key.value]}. Keep one.")
-            seen.setdefault(key.value, line)
-            yield from duplicate_keys(path, child)
-    elif isinstance(node, yaml.SequenceNode):
-        for child in node.value:
-            yield from duplicate_keys(path, child)
+    left, visited = [root], set()
+    while left:
+        node = left.pop()
+        if id(node) in visited:  # an alias; one may even lead back to what it stands in
+            continue
+        visited.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            left += node.value
+        elif isinstance(node, yaml.MappingNode):
+            seen: dict[Any, int] = {}
+            for key, child in node.value:
+                line = key.start_mark.line + 1
+                if key.value in seen:
+                    yield Problem(path, line, f"the key {key.value!r} stands here for the second time, first in line {seen[key.value]}. Keep one.")
+                seen.setdefault(key.value, line)
+                left.append(child)
+
+
+def _gaps(path: Path, node: yaml.Node, data: Mapping[str, Any], families: Sequence[str]) -> Iterator[Problem]:
+    """An unknown family and missing forms, also of a file that cannot be read as a value yet: its author hears of all at once."""
+    family, pairs = data.get("family"), data.get("pairs")
+    if isinstance(family, str) and family.strip() not in families:
+        yield Problem(path, _line(node, "family"), f"unknown family {family.strip()!r}. Known: {', '.join(families)}.")
+    forms = next((child for key, child in node.value if key.value == "pairs"), node)
+    for form in FORMS:
+        if not isinstance(pairs, dict) or not pairs.get(form):
+            line = _line(forms, form, default=_line(node, "pairs"))
+            yield Problem(path, line, f"the form {form!r} is missing. Give each value pairs of all four forms.")
 
 
 def _ids(values: Sequence[tuple[Value, yaml.Node]], shipped: Mapping[str, Path]) -> Iterator[Problem]:
@@ -145,6 +174,14 @@ def _ids(values: Sequence[tuple[Value, yaml.Node]], shipped: Mapping[str, Path])
         if value.id in taken:
             yield Problem(file, _line(node, "id"), f"the id {value.id!r} is taken by {taken[value.id]}. Give each value an id of its own.")
         taken.setdefault(value.id, file)
+
+
+def _pointing_nowhere(concerns: Sequence[Concern], known: Collection[str]) -> Iterator[Problem]:
+    for concern in concerns:
+        file, _, line = concern.where.rpartition(":")
+        for value_id in (*concern.central, *concern.relevant):
+            if value_id not in known:
+                yield Problem(Path(file), int(line), f"concern {concern.id!r} points at the value {value_id!r}, which no file defines. Mend the id.")
 
 
 def _near_duplicates(placed: Sequence[_Placed], encoder: Encoder) -> Iterator[Problem]:
@@ -174,10 +211,6 @@ def _as_problem(path: Path, message: str) -> Problem:
     return Problem(path, int(found[1] or 1), message[found.end() :]) if found else Problem(path, 1, message)
 
 
-def _line(node: yaml.Node, key: str) -> int:
-    return next((k.start_mark.line + 1 for k, _ in node.value if k.value == key), 1)
-
-
-def _pair_lines(node: yaml.Node) -> dict[tuple[Form, int], int]:
-    pairs = next(child for key, child in node.value if key.value == "pairs")
-    return {(form.value, number): entry.start_mark.line + 1 for form, entries in pairs.value for number, entry in enumerate(entries.value)}
+def _line(node: yaml.Node, key: str, default: int = 1) -> int:
+    entries = node.value if isinstance(node, yaml.MappingNode) else []
+    return next((k.start_mark.line + 1 for k, _ in entries if k.value == key), default)

@@ -39,7 +39,8 @@ class CrossEncoderSelector:
 
         Raises:
             ModelNotFoundError: The model is not here and cannot be fetched.
-            NotARerankerError: It gives more than one score for a pair.
+            NotARerankerError: It gives no score for a pair, or more than one.
+            NonFiniteError: Its scores are no numbers.
         """
         import torch
 
@@ -68,6 +69,9 @@ class CrossEncoderSelector:
                 raise ModelNotFoundError(
                     f"The cross-encoder {self._name} is neither a folder here nor a model that could be fetched. Check the name and the network."
                 ) from error
+            kinds = getattr(model.config, "architectures", None) or ["no architecture"]
+            if not kinds[0].endswith(("ForSequenceClassification", "ForCausalLM")):  # anything else is given a head of random weights
+                raise NotARerankerError(f"The model {self._name} is a {kinds[0]}, which scores no pairs. Choose a reranking cross-encoder.")
             if model.num_labels != 1:
                 raise NotARerankerError(
                     f"The model {self._name} gives {model.num_labels} scores for a pair, not one. "

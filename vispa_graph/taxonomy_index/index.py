@@ -31,6 +31,8 @@ Kind = Literal["definition", "facet", "sentence", "concern", "situation"]
 _FORMAT = 2
 _INDEX, _WEIGHTS, _MANIFEST = "index.faiss", "weights.safetensors", "manifest.json"
 CENTRAL, RELEVANT = 1.0, 0.5
+# A sentence that lives a value is near many questions in which others are at stake. Chosen on the tuning half, like the kernel's constants.
+LIVED = 0.7
 OWN: frozenset[Kind] = frozenset({"definition", "facet", "sentence"})  # kinds whose source is their value
 
 
@@ -40,7 +42,7 @@ class Phrase:
 
     Attributes:
         source: Id of the value or concern it belongs to; "situation" for a labelled situation.
-        weights: How much it speaks for each value id: 1 for its own value or those that are central to it, .5 for relevant ones.
+        weights: How much it speaks for each value id: 1 for its own value or those that are central to it, .7 from a sentence, .5 for relevant ones.
     """
 
     text: str
@@ -49,7 +51,7 @@ class Phrase:
     weights: Mapping[str, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Hit:
     """A phrase near a query.
 
@@ -69,7 +71,7 @@ def phrases_of(taxonomy: Taxonomy) -> list[Phrase]:
     for value in taxonomy:
         phrases.append(Phrase(value.definition, "definition", value.id, {value.id: 1.0}))
         phrases += [Phrase(facet, "facet", value.id, {value.id: 1.0}) for facet in value.facets]
-        phrases += [Phrase(pair.positive, "sentence", value.id, {value.id: 1.0}) for pair in value.all_pairs]
+        phrases += [Phrase(pair.positive, "sentence", value.id, {value.id: LIVED}) for pair in value.all_pairs]
     for concern in taxonomy.concerns:
         phrases += [Phrase(phrasing, "concern", concern.id, _weights(concern)) for phrasing in concern.phrasings]
     return phrases + [Phrase(situation.text, "situation", "situation", _weights(situation)) for situation in taxonomy.situations]
@@ -176,8 +178,10 @@ class TaxonomyIndex:
         """The same for an encoded query, [1, dimensions]."""
         scores, rows = search_vectors(self._index, vector, n)
         # Rounded, so that the last bits of a float, which differ between batches and machines, decide nothing.
-        ranked = sorted((-round(float(s), 5), int(r)) for s, r in zip(scores[0], rows[0], strict=True) if r >= 0)
-        return [Hit(self.phrases[row], -score, row) for score, row in ranked]
+        kept = rows[0] >= 0
+        found, cosines = rows[0][kept], np.round(scores[0][kept].astype(np.float64), 5)
+        order = np.lexsort((found, -cosines))
+        return [Hit(self.phrases[row], score, row) for row, score in zip(found[order].tolist(), cosines[order].tolist(), strict=True)]
 
     def likeness(self, values: Sequence[str]) -> Floats:
         """How like values are, 0..1, [values, values]: the cosine of what sets their phrases apart from all values', at least 0."""
@@ -188,5 +192,5 @@ class TaxonomyIndex:
 
 
 def _key(taxonomy: Taxonomy, encoder: Encoder) -> dict[str, Any]:
-    solved = [kernel.TEMPERATURE, kernel.FILLING_TEMPERATURE, kernel.RIDGE]
+    solved = [kernel.TEMPERATURE, kernel.RIDGE, kernel.FILLING_TEMPERATURE, kernel.FILLING_RIDGE]
     return {"format": _FORMAT, "taxonomy": _digest(phrases_of(taxonomy), taxonomy.ids), "encoder": encoder.fingerprint, "kernel": solved}

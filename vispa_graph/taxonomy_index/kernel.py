@@ -14,8 +14,9 @@ from vispa_graph.taxonomy_index.encoder import Floats
 # Chosen on the tuning half of benchmarks/data/labelled_situations.yaml (python -m benchmarks.selection --half tune).
 TEMPERATURE = 0.15
 # Wider, since what a phrase leaves open is filled in from afar.
-FILLING_TEMPERATURE = 0.25
-RIDGE = 0.3
+FILLING_TEMPERATURE = 0.35
+FILLING_RIDGE = 0.3
+RIDGE = 1.0
 # Solving takes time with the third power of the phrases: more of them are represented by every so-manieth.
 EXACT_UP_TO = 8192
 LANDMARKS = 4096
@@ -38,31 +39,31 @@ def solve(vectors: Floats, labels: Floats, complete: npt.NDArray[np.bool_]) -> F
         complete: Which phrases are labelled with all values, [phrases].
     """
     if not complete.any():
-        return _fit(vectors, labels, TEMPERATURE)
+        return _fit(vectors, labels, TEMPERATURE, RIDGE)
     known = vectors[complete]
-    pull = _fit(known, labels[complete], FILLING_TEMPERATURE)
+    pull = _fit(known, labels[complete], FILLING_TEMPERATURE, FILLING_RIDGE)
     filled = labels.copy()
     for row in np.flatnonzero(~complete):
         predicted = kernel(known @ vectors[row], FILLING_TEMPERATURE) @ pull
         filled[row] = np.maximum(labels[row], predicted.clip(0, 1))
-    return _fit(vectors, filled, TEMPERATURE)
+    return _fit(vectors, filled, TEMPERATURE, RIDGE)
 
 
-def _fit(vectors: Floats, target: Floats, temperature: float) -> Floats:
+def _fit(vectors: Floats, target: Floats, temperature: float, ridge: float) -> Floats:
     """The dual coefficients, [phrases, values]."""
     if len(vectors) > EXACT_UP_TO:
-        return _by_landmarks(vectors, target, temperature)
+        return _by_landmarks(vectors, target, temperature, ridge)
     from sklearn.kernel_ridge import KernelRidge  # costs half a second; only here
 
-    fitted = KernelRidge(alpha=RIDGE, kernel="precomputed").fit(kernel(vectors @ vectors.T, temperature), target)
+    fitted = KernelRidge(alpha=ridge, kernel="precomputed").fit(kernel(vectors @ vectors.T, temperature), target)
     return np.asarray(fitted.dual_coef_, dtype=np.float32)
 
 
-def _by_landmarks(vectors: Floats, target: Floats, temperature: float) -> Floats:
+def _by_landmarks(vectors: Floats, target: Floats, temperature: float, ridge: float) -> Floats:
     """Least squares over all phrases with pull on the landmarks alone (subset of regressors)."""
     rows = np.linspace(0, len(vectors) - 1, LANDMARKS).astype(int)
     landmarks = vectors[rows]
-    left = RIDGE * kernel(landmarks @ landmarks.T, temperature).astype(np.float64)
+    left = ridge * kernel(landmarks @ landmarks.T, temperature).astype(np.float64)
     right = np.zeros((len(rows), target.shape[1]))
     for start in range(0, len(vectors), _BLOCK):
         block = kernel(vectors[start : start + _BLOCK] @ landmarks.T, temperature)

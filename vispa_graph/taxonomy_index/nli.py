@@ -43,6 +43,7 @@ class NLISelector:
         Raises:
             ModelNotFoundError: The model is not here and cannot be fetched.
             NotARerankerError: Its labels name no entailment.
+            NonFiniteError: Its probabilities are no numbers.
         """
         candidates = considered(self._default.rank(query, hits, config))
         hypotheses = [HYPOTHESIS.format(value=self._taxonomy[s.value].name.lower()) for s in candidates]

@@ -6,6 +6,7 @@ How the phrases' votes are weighed is solved by kernel ridge regression (`kernel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
@@ -13,6 +14,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from langchain_core.runnables import RunnableConfig
 
+from vispa_graph.errors import NonFiniteError
 from vispa_graph.taxonomy_index import kernel
 from vispa_graph.taxonomy_index.calibration import calibrated
 from vispa_graph.taxonomy_index.encoder import Floats
@@ -78,14 +80,14 @@ def vote(hits: Sequence[Hit], pull: Floats, values: Sequence[str]) -> list[Selec
     if not hits:
         return [Selected(value, 0.0, _reason(None)) for value in values]
     said = shares(hits, pull)
-    evidence = said.sum(axis=0)
+    evidence = np.round(said.sum(axis=0).clip(0), 5)  # so that what is equal has an equal score
     scores = calibrated(evidence)
     loudest = said.argmax(axis=0)
     selected = [
         Selected(value, round(float(scores[column]), 4), _reason(hits[loudest[column]] if said[loudest[column], column] > 0 else None))
         for column, value in enumerate(values)
     ]
-    order = np.argsort(-np.round(evidence.clip(0), 5), kind="stable")
+    order = np.argsort(-evidence, kind="stable")
     return [selected[place] for place in order]
 
 
@@ -131,5 +133,11 @@ def considered(ranked: Sequence[Selected]) -> Sequence[Selected]:
 
 
 def in_order(judged: Sequence[Selected]) -> list[Selected]:
-    """Best first, scores rounded; equal scores in the order given."""
+    """Best first, scores rounded; equal scores in the order given.
+
+    Raises:
+        NonFiniteError: A score is no number.
+    """
+    if not all(math.isfinite(s.score) for s in judged):
+        raise NonFiniteError("The reranker's scores are not finite, so they rank nothing. Choose another model, or another device for it.")
     return sorted((replace(s, score=round(s.score, 4)) for s in judged), key=lambda s: -s.score)

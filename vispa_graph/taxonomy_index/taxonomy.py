@@ -295,7 +295,7 @@ def _pairs(path: Path, node: yaml.Node, pairs: Any, lines: Mapping[str, int]) ->
         raise TaxonomyError(
             f"{at}: 'pairs' must hold contrastive pairs under at least one of: {', '.join(FORMS)}. Without them the value cannot be steered to."
         )
-    rows = _pair_lines(node)
+    rows = pair_lines(node)
     checked: dict[Form, tuple[Pair, ...]] = {}
     for form, entries in pairs.items():
         if form not in FORMS:
@@ -370,11 +370,18 @@ def read_yaml(path: Path) -> tuple[yaml.Node, Any]:
         raise TaxonomyError(f"{path}: the file cannot be read ({error.strerror}). Check the path and its permissions.") from error
     except UnicodeDecodeError as error:
         raise TaxonomyError(f"{path}: the file is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+    except yaml.reader.ReaderError as error:
+        line = text.encode()[: error.position].count(b"\n") + 1
+        raise TaxonomyError(f"{path}:{line}: not valid YAML: it holds a control character. Remove it.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
         problem = getattr(error, "problem", None) or "it cannot be parsed"
         raise TaxonomyError(f"{path}:{line}: not valid YAML: {problem}. Quote texts that hold a colon or begin with a quote.") from error
+    except ValueError as error:
+        raise TaxonomyError(
+            f"{path}:1: not valid YAML: it holds a number or a date that is none ({error}). Quote texts that look like one."
+        ) from error
 
 
 def _lines(node: yaml.Node) -> dict[str, int]:
@@ -384,7 +391,7 @@ def _lines(node: yaml.Node) -> dict[str, int]:
     return {key.value: key.start_mark.line + 1 for key, _ in node.value}
 
 
-def _pair_lines(node: yaml.Node) -> dict[tuple[str, int], int]:
+def pair_lines(node: yaml.Node) -> dict[tuple[str, int], int]:
     """Line (from 1) of each pair, by form and number."""
     found: dict[tuple[str, int], int] = {}
     if isinstance(node, yaml.MappingNode):

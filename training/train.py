@@ -186,17 +186,21 @@ class Pushes:
         """Fit the directions of the model as it is now."""
         engine = HuggingFaceEngine(uncompiled(model), tokenizer, name="in training")
         try:
-            self._directions = fit_directions(engine, taxonomy, settings)
+            self.use(fit_directions(engine, taxonomy, settings))
         finally:
             engine.close()
 
-    def draw(self, pushes: Sequence[tuple[str, int] | None], random: torch.Generator) -> None:
-        """Choose half of the rows that show a value, and how far each is pushed (P0 from .6 to .99)."""
+    def use(self, directions: dict[str, Direction]) -> None:
+        """Push along these directions from now on."""
+        self._directions = directions
+
+    def draw(self, pushes: Sequence[tuple[str, int] | None], random: torch.Generator, share: float = 0.5) -> None:
+        """Choose a share of the rows that show a value, and how far each is pushed (P0 from .6 to .99)."""
         self._vectors.zero_()
         self._missing.fill_(-1e9)
         self._places.zero_()  # a place of an earlier, longer batch may not exist
         for row, push in enumerate(pushes):
-            if push is None or not self._directions or torch.rand((), generator=random) < 0.5:
+            if push is None or not self._directions or torch.rand((), generator=random) >= share:
                 continue
             direction, self._places[row] = self._directions[push[0]], push[1]
             wanted = 0.4 + 4.2 * torch.rand((), generator=random)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -404,6 +405,29 @@ def test_a_value_that_has_nothing_to_say_is_noted_and_not_passed_on(make_resourc
     out = create_graph(resources=make_resources(engine=engine)).invoke({"query": QUERY, "values": TWO})
     assert out["notes"] == ["The model had nothing to say from Karma."]
     assert engine.requests[-1].messages[0]["content"].count("<passage number") == 1
+
+
+class LeansToKarma(FakeEngine):
+    """Its states are past karma's target already."""
+
+    def generate(self, request):
+        generation = super().generate(request).result()
+        future = Future()
+        leans = generation.steering and request.steering.direction.value == "karma"
+        report = replace(generation.steering, magnitude=(0.0,) * len(generation.steering.layers)) if leans else generation.steering
+        future.set_result(replace(generation, steering=report))
+        return future
+
+
+def test_a_comment_that_steering_added_nothing_to_is_noted(make_resources):
+    out = create_graph(resources=make_resources(engine=LeansToKarma())).invoke({"query": QUERY, "values": TWO})
+    assert out["notes"] == ["The model leans toward Karma here by itself: steering added nothing, and the comment is the unsteered one."]
+
+
+def test_a_steerable_distribution_notes_that_it_was_read_after_a_comment_all_the_same(make_resources):
+    graph = create_graph(resources=make_resources(distribution="direct"))
+    out = graph.invoke({"query": QUERY, "options": ["Yes", "No"], "values": TWO, "attribute": "karma"})
+    assert out["notes"] == ["The setting distribution='direct' is the distributional mode's: this one was read after a comment."]
 
 
 @every_mode

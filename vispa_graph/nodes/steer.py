@@ -94,6 +94,8 @@ def _finish(task: SteerTask, model: SteeredChatModel, message: AIMessage, resour
             f"The text was too long for the model's context: {facts['cut_tokens']} tokens in its middle were left out "
             f"of the comment from {value.name}."
         )
+    if model.steering and model.steering.strength and comment["steering"] and not any(comment["steering"]["magnitude"]):
+        notes.append(f"The model leans toward {value.name} here by itself: steering added nothing, and the comment is the unsteered one.")
     if not comment["text"]:
         notes.append(f"The model had nothing to say from {value.name}.")
     return {"comments": [comment], "notes": notes, "made_with": task["made_with"]}

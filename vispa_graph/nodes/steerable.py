@@ -33,6 +33,11 @@ def steerable(state: State, config: RunnableConfig, *, resources: Resources) -> 
     update: dict[str, Any] = {"chosen": {"value": comment["value"], "reason": reason}}
     if state["options"]:
         distribution, more = option_distribution(state, [comment], config, resources)
+        if resources.settings.distribution != "comments":
+            more = [
+                *more,
+                f"The setting distribution={resources.settings.distribution!r} is the distributional mode's: this one was read after a comment.",
+            ]
         return update | {"distribution": distribution, "response": in_words(distribution), "attribution": [], "notes": notes + more}
     if resources.composes:
         attribution = traced("compose", lambda: [{"sentence": s, "values": [comment["value"]]} for s in split_sentences(comment["text"])], config)

@@ -19,6 +19,7 @@ from langchain_core.messages import AIMessage
 from vispa_graph import Settings
 from vispa_graph.cli import main as vispa
 from vispa_graph.state import Input, Output
+from vispa_graph.taxonomy_index import Taxonomy
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -200,6 +201,11 @@ def test_the_python_of_the_readme_that_needs_no_download_runs_as_it_stands(run, 
     (tmp_path / "my_values" / "patience.yaml").write_text((ROOT / "tests" / "data" / "values" / "patience.yaml").read_text())
     (tmp_path / "readme.py").write_text("\n".join(runnable))
     run(str(tmp_path / "readme.py"))
+
+
+def test_the_value_file_of_the_readme_is_read_as_it_stands(tmp_path):
+    (tmp_path / "quiet.yaml").write_text(*blocks("yaml"), encoding="utf-8")
+    assert Taxonomy.load(tmp_path, shipped=False).ids == ("quiet",)
 
 
 @pytest.mark.parametrize("line", commands())

@@ -116,7 +116,10 @@ def main() -> None:
     parser.add_argument("--model", help="the assistant's own chat model, such as anthropic:claude-sonnet-4-5; scripted if left out")
     given = parser.parse_args()
     graph = create_graph()
-    assistant = make_assistant(graph, given.model)
+    try:
+        assistant = make_assistant(graph, given.model)
+    except (ValueError, ImportError) as error:  # no such provider, or its package is not installed
+        parser.error(f"{given.model}: {error}")
     print("All medicines and recommendations here are invented.")
     for question in given.question or SCRIPT:
         print(f"\n=== {question}")

@@ -580,9 +580,19 @@ def test_bad_input_ends_with_exit_code_2_and_a_message(vispa, engine, arguments,
     assert engine.requests == []
 
 
-@pytest.mark.parametrize("stdin", [b"", b" \n", b"\xff\xfe"])
-def test_stdin_without_a_readable_query_is_refused(vispa, stdin):
-    assert refused(vispa("ask", "-", stdin=stdin), "vispa: ")
+@pytest.mark.parametrize("command", [["ask", "-"], ["values", "--query", "-"]])
+@pytest.mark.parametrize(("stdin", "fragment"), [(b"", "the text is blank"), (b" \n", "the text is blank"), (b"\xff\xfe", "not UTF-8")])
+def test_stdin_without_a_readable_query_is_refused(vispa, command, stdin, fragment):
+    assert refused(vispa(*command, stdin=stdin), "vispa: stdin", fragment)
+
+
+@pytest.mark.parametrize(("command", "message"), [(["ask", "-"], "vispa: stdin is closed"), (["values", "new", "mine"], "without a terminal")])
+def test_a_closed_stdin_is_refused_in_one_line(command, message):
+    closing = "import os, sys; os.close(0); os.execv(sys.executable, [sys.executable, '-m', 'vispa_graph', *sys.argv[1:]])"
+    status, output, errors = process("-c", closing, *command)
+    assert (status, output) == (2, "")
+    assert message in errors
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize("command", [["ask", QUERY], ["values"], ["fit"], ["check"]])

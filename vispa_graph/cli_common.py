@@ -63,10 +63,15 @@ def read_query(text: str) -> str:
     """The text, or what stdin holds where it is a dash."""
     if text != "-":
         return text
+    if sys.stdin is None:
+        raise Refused("stdin is closed, so no text can be read from it. Give the text as an argument, or pipe it in.")
     try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
+        query = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Refused(f"stdin is not UTF-8 text (byte {error.start}). Save the text as UTF-8.") from error
+    if not query.strip():
+        raise Refused("stdin: the text is blank. Write it out.")
+    return query
 
 
 # Values

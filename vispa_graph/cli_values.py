@@ -165,7 +165,7 @@ def new(folder: Path, **given: str | None) -> None:
 
 
 def _on_a_terminal() -> bool:
-    return sys.stdin.isatty()
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _of_family(values: Sequence[Value], family: str | None) -> list[Value]:

@@ -27,6 +27,7 @@ from vispa_graph.errors import NonFiniteError
 from vispa_graph.graph import create_graph
 from vispa_graph.settings import Distribution
 from vispa_graph.state import MODES, Output
+from vispa_graph.taxonomy_index import Taxonomy
 
 QUERY = "Should my father, 84, have surgery he does not want?"
 OWN_VALUE = """
@@ -336,6 +337,33 @@ def test_values_at_stake_in_a_text_are_those_the_library_selects(vispa, make_res
     assert [(v["id"], v["score"], v["reason"]) for v in found] == [(s.value, s.score, s.reason) for s in expected]
     assert found == json.loads(vispa("values", "--query", "-", "--top-k", 4, "--json", stdin=QUERY).stdout)
     assert found[0]["reason"] in vispa("values", "--query", QUERY, "--top-k", 4).stdout
+
+
+# The bioethics family
+
+
+def test_the_bioethics_family_is_switched_on_alike_for_every_command(vispa, taxonomy):
+    with_family = Taxonomy.load(bioethics=True)
+    assert [v["id"] for v in json.loads(vispa("values", "--bioethics", "--json").stdout)] == list(with_family.ids)
+    for arguments in (["values", "autonomy", "--bioethics"], ["values", "--bioethics", "autonomy"]):
+        assert "Autonomy (autonomy)" in vispa(*arguments).stdout
+    heard = json.loads(vispa("ask", QUERY, "--bioethics", "--value", "autonomy", "--json").stdout)
+    assert [comment["value"] for comment in heard["comments"]] == ["autonomy"]
+    fitted = json.loads(vispa("fit", "--bioethics", "--layers", "2", "--method", "mean_difference", "--json").stdout)
+    assert list(fitted["accuracy"]) == list(with_family.ids)
+    for unknown in (["values", "nosuch"], ["ask", QUERY, "--value", "nosuch"]):
+        assert refused(vispa(*unknown), f"taxonomy of {len(taxonomy)} values")
+        assert refused(vispa(*unknown, "--bioethics"), f"taxonomy of {len(with_family)} values")
+
+
+def test_the_bioethics_family_switched_on_by_its_variable_needs_no_option(vispa):
+    assert vispa("values", "autonomy", env={"VISPA_BIOETHICS": "true"}).exit_code == 0
+
+
+@pytest.mark.parametrize("command", [["values"], ["ask", QUERY, "--value"]])
+@pytest.mark.parametrize("name", ["autonomy", "Informed Consent"])
+def test_a_value_of_the_bioethics_family_that_is_off_is_refused_with_how_to_switch_it_on(vispa, command, name):
+    assert refused(vispa(*command, name), "bioethics family", "Settings(bioethics=True)", "VISPA_BIOETHICS=true", "--bioethics")
 
 
 # fit

@@ -31,6 +31,7 @@ from vispa_graph import __version__
 from vispa_graph.cli_common import (
     Refused,
     Show,
+    bioethics_option,
     json_option,
     load_taxonomy,
     open_console,
@@ -178,6 +179,7 @@ def main() -> None:
 @click.option("--temperature", type=float, help="0 for greedy decoding.")
 @click.option("--distribution", type=click.Choice(DISTRIBUTIONS), help="What a distribution is read after: comments, or the steered question itself.")
 @values_option
+@bioethics_option
 @click.option(
     "--trace",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -203,6 +205,7 @@ def ask(
     temperature: float | None,
     distribution: str | None,
     values: tuple[Path, ...],
+    bioethics: bool,
     trace: Path | None,
     trace_content: bool,
     as_json: bool,
@@ -227,7 +230,8 @@ def ask(
         distribution=distribution,
         top_k=top_k,
         values=values,
-        trace_content=trace_content or None,
+        bioethics=bioethics,
+        trace_content=trace_content,
     )
     given = {"query": read_query(query), "mode": mode, "attribute": attribute, "population": population, "options": list(options) or None}
     try:
@@ -261,6 +265,7 @@ def trace_command(file: Path, as_json: bool) -> None:
 @click.option("--reading", type=click.Choice(READINGS), help="Whether sentences are read bare or in a chat.")
 @click.option("--solver", type=click.Choice(SOLVERS), help="How probes are solved.")
 @values_option
+@bioethics_option
 @json_option
 def fit(
     model: str | None,
@@ -270,6 +275,7 @@ def fit(
     reading: str | None,
     solver: str | None,
     values: tuple[Path, ...],
+    bioethics: bool,
     as_json: bool,
 ) -> None:
     """Fit the directions of all values, keep them in the cache, and show how well each tells its sentences apart.
@@ -282,7 +288,8 @@ def fit(
     logging.getLogger("vispa_graph").addHandler(logging.NullHandler())  # the warnings are told below
     with progress() as show:
         # top_k plays no part in fitting, but must fit a small taxonomy of one's own.
-        settings = settings_of(model=model, method=method, layers=layers, contrast=contrast, reading=reading, solver=solver, values=values, top_k=1)
+        chosen = {"model": model, "method": method, "layers": layers, "contrast": contrast, "reading": reading, "solver": solver}
+        settings = settings_of(**chosen, values=values, bioethics=bioethics, top_k=1)
         with closing(Resources(settings, progress=show)) as resources:
             show("loading the model")
             name, taxonomy = resources.engine.name, resources.taxonomy

@@ -49,14 +49,15 @@ def text(value: str) -> str:
 
 
 values_option = click.option("--values", type=click.Path(path_type=Path), multiple=True, metavar="FOLDER", help="Your own value files. Repeatable.")
+bioethics_option = click.option("--bioethics", is_flag=True, help="With the ten values of the bioethics family, for health care.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else on stdout.")
 
 
 def settings_of(**given: Any) -> Settings:
-    """Settings of the options that were given: the others must not hide VISPA_* variables."""
+    """Settings of the options and flags that were given: the others must not hide VISPA_* variables."""
     from vispa_graph.settings import Settings
 
-    return Settings(**{name: value for name, value in given.items() if value is not None and value != ()})
+    return Settings(**{name: value for name, value in given.items() if value is not None and value is not False and value != ()})
 
 
 def read_query(text: str) -> str:

@@ -669,7 +669,7 @@ def test_a_device_that_is_not_there_is_refused():
 
 @pytest.mark.parametrize(("name", "text"), [("VISPA_TOP_K", "few"), ("VISPA_LAYERS", "ten"), ("VISPA_METHOD", "guess"), ("VISPA_VALUES", "[")])
 def test_a_variable_that_makes_no_sense_is_refused_by_name(vispa, name, text):
-    assert refused(vispa("values", env={name: text}), "vispa: ", name.removeprefix("VISPA_").lower())
+    assert refused(vispa("values", env={name: text}), "vispa: ", name, name.removeprefix("VISPA_").lower())
 
 
 def test_a_cache_that_cannot_be_written_is_refused_with_its_path(vispa, tmp_path):

@@ -658,6 +658,24 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path, command, kind):
     assert refused(run(*command, folder), f"vispa: The{'re is no' if kind == 'missing' else ''} folder {folder}")
 
 
+@pytest.mark.parametrize("command", [["ask", QUERY, "--model"], ["fit", "--model"], ["check"], ["mcp", "--model"]])
+@pytest.mark.parametrize("kind", ["missing", "empty"])
+def test_a_folder_that_holds_no_model_is_refused_before_anything_is_loaded(vispa, monkeypatch, tmp_path, command, kind):
+    monkeypatch.setattr("vispa_graph.resources.Resources.__init__", None)  # calling it would be a TypeError
+    folder = tmp_path / "model"
+    if kind == "empty":
+        folder.mkdir()
+    assert refused(vispa(*command, folder), str(folder), "no folder" if kind == "missing" else "holds no config.json")
+
+
+def test_a_folder_in_the_home_of_nobody_is_refused():
+    assert refused(run("check", "~nobody-of-this-name/model"), "There is no folder ~nobody-of-this-name/model")
+
+
+def test_checking_a_folder_of_value_files_as_a_model_points_at_the_checks_of_values(own_values):
+    assert refused(run("check", own_values), "no config.json", f"`vispa check --values {own_values}`", f"`vispa values check {own_values}`")
+
+
 def test_a_model_that_does_not_generate_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     assert refused(run("check", tmp_path), "not a causal language model")

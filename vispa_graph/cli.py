@@ -45,12 +45,13 @@ from vispa_graph.cli_common import (
     progress,
     read_query,
     settings_of,
+    settings_with_model,
     text,
     value_facts,
     values_option,
 )
 from vispa_graph.cli_values import values_group
-from vispa_graph.errors import TaxonomyError, VispaError
+from vispa_graph.errors import ModelNotFoundError, TaxonomyError, VispaError
 
 if TYPE_CHECKING:
     from langchain_core.runnables.graph import Graph
@@ -219,7 +220,7 @@ def ask(
         raise click.UsageError("--trace-content needs --trace FILE. For the traces of a viewer set VISPA_TRACE_CONTENT.")
     if trace:
         _check_target(trace)
-    settings = settings_of(
+    settings = settings_with_model(
         model=model,
         method=method,
         layers=layers,
@@ -282,14 +283,14 @@ def fit(
 
     What is in the cache is not fitted again, so that a fit that was broken off goes on where it was.
     """
+    # top_k plays no part in fitting, but must fit a small taxonomy of one's own.
+    chosen = {"model": model, "method": method, "layers": layers, "contrast": contrast, "reading": reading, "solver": solver}
+    settings = settings_with_model(**chosen, values=values, bioethics=bioethics, top_k=1)
     from vispa_graph.engine.directions import SEPARATES, separates
     from vispa_graph.resources import Resources
 
     logging.getLogger("vispa_graph").addHandler(logging.NullHandler())  # the warnings are told below
     with progress() as show:
-        # top_k plays no part in fitting, but must fit a small taxonomy of one's own.
-        chosen = {"model": model, "method": method, "layers": layers, "contrast": contrast, "reading": reading, "solver": solver}
-        settings = settings_of(**chosen, values=values, bioethics=bioethics, top_k=1)
         with closing(Resources(settings, progress=show)) as resources:
             show("loading the model")
             name, taxonomy = resources.engine.name, resources.taxonomy
@@ -410,7 +411,7 @@ def mcp(
     end_tracing_with_the_process()
     for number in (signal.SIGINT, signal.SIGTERM):  # how a server over HTTP ends
         _leave_at_once(click.get_current_context(), number, _send_traces)
-    with closing(Resources(settings_of(model=model, method=method, layers=layers, values=values, top_k=top_k))) as resources:
+    with closing(Resources(settings_with_model(model=model, method=method, layers=layers, values=values, top_k=top_k))) as resources:
         server = create_server(resources)
         try:
             if port is None:
@@ -522,11 +523,17 @@ def _check_values(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def _check_model(model: str) -> dict[str, Any]:
+    try:
+        settings = settings_with_model(model=model, top_k=1)
+    except ModelNotFoundError as error:
+        if any(Path(os.path.expanduser(model)).glob("*.yaml")):
+            raise Refused(f"{error} To check value files: `vispa check --values {model}`, or more strictly `vispa values check {model}`.") from error
+        raise
     from vispa_graph.resources import Resources
 
     with progress() as show:
         show("loading the model")
-        with closing(Resources(settings_of(model=model, top_k=1))) as resources:
+        with closing(Resources(settings)) as resources:
             return cast("HuggingFaceEngine", resources.engine).describe()
 
 

@@ -60,6 +60,17 @@ def settings_of(**given: Any) -> Settings:
     return Settings(**{name: value for name, value in given.items() if value is not None and value is not False and value != ()})
 
 
+def settings_with_model(**given: Any) -> Settings:
+    """The same, refused at once where they name a folder that holds no model: all else takes seconds to load."""
+    from vispa_graph.engine.folder import find_model
+    from vispa_graph.settings import EMBEDDED
+
+    settings = settings_of(**given)
+    if settings.model != EMBEDDED:
+        find_model(settings.model)
+    return settings
+
+
 def read_query(text: str) -> str:
     """The text, or what stdin holds where it is a dash."""
     if text != "-":

@@ -715,28 +715,29 @@ def test_an_interrupt_ends_with_exit_code_130_and_no_stack_trace(vispa, monkeypa
     before = signal.getsignal(signal.SIGINT)
     result = vispa("ask", QUERY)
     assert result.exit_code == 130
-    assert "Traceback" not in result.output
+    assert result.stderr == "vispa: interrupted.\n"
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_control_c_ends_the_process_though_a_thread_is_at_work():
+@pytest.mark.parametrize(("command", "said"), [("ask", "interrupted."), ("fit", "interrupted. What is fitted is kept: the same command goes on from there.")])
+def test_control_c_ends_the_process_though_a_thread_is_at_work_and_says_what_is_kept(command, said):
     code = """
-import threading, time
-from vispa_graph import cli
-def work(*_):
+import sys, threading, time
+from vispa_graph import cli, resources
+def work(*_, **__):
     thread = threading.Thread(target=time.sleep, args=(60,))
     thread.start()
     print("at work", flush=True)
     thread.join()
-cli._run = work
-cli.main(["ask", "x"])
+cli._run = resources.Resources = work
+cli.main(sys.argv[1:])
 """
-    with start("-c", code) as child:
+    with start("-c", code, command, *(["x"] if command == "ask" else [])) as child:
         assert child.stdout.readline() == "at work\n"
         child.send_signal(signal.SIGINT)
         _, errors = child.communicate(timeout=30)
     assert child.returncode == 130
-    assert errors == ""
+    assert errors == f"vispa: {said}\n"
 
 
 @pytest.mark.parametrize("arguments", [["values"], ["values", "--json"], ["values", "power"]])

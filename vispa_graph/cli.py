@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
@@ -92,12 +92,19 @@ class Commands(click.Group):
         except VispaError as error:
             raise Refused(str(error)) from error
         except KeyboardInterrupt:
+            click.echo(_farewell(ctx), err=True)
             ctx.exit(130)
         except OSError as error:
             if error.errno == errno.EPIPE:  # click ends quietly
                 raise
             place = f"{error.filename}: " if error.filename else ""
             raise Refused(f"{place}{error.strerror or error}. Check the path, its permissions and the space left.") from error
+
+
+def _farewell(ctx: click.Context) -> str:
+    if ctx.invoked_subcommand == "fit":
+        return "vispa: interrupted. What is fitted is kept: the same command goes on from there."
+    return "vispa: interrupted."
 
 
 def _leave_at_once(ctx: click.Context, number: signal.Signals, last: Callable[[], None] | None = None) -> None:
@@ -110,9 +117,11 @@ def _leave_at_once(ctx: click.Context, number: signal.Signals, last: Callable[[]
         return
 
     def leave(*_: object) -> NoReturn:
-        if sys.stderr.isatty():
-            sys.stderr.write("\x1b[?25h\n")  # the progress display hides the cursor
-            sys.stderr.flush()
+        if sys.stderr:
+            shown = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # the progress display hides the cursor
+            shown += _farewell(ctx) + "\n" if number == signal.SIGINT else ""
+            with suppress(OSError):  # past the buffer, which the signal may have come in the midst of writing to
+                os.write(sys.stderr.fileno(), shown.encode())
         if last:  # in a thread of its own: the signal may have come while this one holds a lock that it needs
             thread = threading.Thread(target=last, daemon=True)
             thread.start()

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+import click
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
@@ -25,7 +26,7 @@ from vispa_graph.engine.contract import Contrast, Method, Reading, Solver
 from vispa_graph.engine.fake import FakeEngine
 from vispa_graph.errors import NonFiniteError
 from vispa_graph.graph import create_graph
-from vispa_graph.settings import Distribution
+from vispa_graph.settings import Distribution, Settings
 from vispa_graph.state import MODES, Output
 from vispa_graph.taxonomy_index import Taxonomy
 
@@ -119,6 +120,12 @@ def test_the_choices_written_out_are_those_of_the_library():
     assert [get_args(named) for named in choices.values()] == list(choices)
 
 
+def test_the_defaults_written_out_are_those_of_the_settings():
+    helped = {option.name: option.help for option in cli.ask.params if isinstance(option, click.Option)}
+    for name in ("top_k", "strength", "seed"):
+        assert f"; {Settings.model_fields[name].default:g} by default." in helped[name]
+
+
 # ask
 
 
@@ -155,6 +162,14 @@ def test_an_answer_is_told_with_its_values_comments_distribution_and_ground(visp
         assert comment["text"] in told
     assert f"yes     {output['distribution']['yes']:.1%}" in told
     assert f"Power: {output['chosen']['reason']}" in told
+
+
+def test_an_answer_without_comments_has_no_heading_for_them(vispa):
+    question = ["ask", QUERY, *option("yes", "no"), "--value", "honor"]
+    assert "Comments" in vispa(*question).stdout
+    told = vispa(*question, "--distribution", "direct").stdout
+    assert "Distribution" in told
+    assert "Comments" not in told
 
 
 def test_notes_reach_the_reader(vispa, engine):

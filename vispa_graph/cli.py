@@ -181,11 +181,11 @@ def main() -> None:
 @click.option("--population", type=text, help="A country or people whose distribution is asked for.")
 @click.option("--option", "options", multiple=True, type=text, help="An answer to choose between. Repeatable, 2 to 26.")
 @click.option("--value", "asked", multiple=True, type=text, help="A value to hear, by id or name, instead of selected ones. Repeatable.")
-@click.option("--top-k", type=int, help="How many values are heard.")
+@click.option("--top-k", type=int, help="How many values are heard at most; 6 by default.")
 @_model_options
-@click.option("--strength", type=float, help="Multiple of the method's own magnitude; 0 does not steer, below 0 suppresses.")
+@click.option("--strength", type=float, help="Multiple of the method's own magnitude; 0 does not steer, below 0 suppresses; 1 by default.")
 @click.option("--max-new-tokens", type=int, help="Longest comment, in tokens.")
-@click.option("--seed", type=int, help="Seed of the sampling, where the temperature is above 0.")
+@click.option("--seed", type=int, help="Seed of the sampling, where the temperature is above 0; 0 by default.")
 @click.option("--temperature", type=float, help="0 for greedy decoding.")
 @click.option("--distribution", type=click.Choice(DISTRIBUTIONS), help="What a distribution is read after: comments, or the steered question itself.")
 @values_option
@@ -390,7 +390,7 @@ def graph_command(output: Path | None, review: bool, as_json: bool) -> None:
 @click.option(
     "--token", type=text, envvar="VISPA_MCP_TOKEN", show_envvar=True, help="With --http: what clients must send; made up and shown if left out."
 )
-@click.option("--top-k", type=int, help="How many values are heard.")
+@click.option("--top-k", type=int, help="How many values are heard at most; 6 by default.")
 @_model_options
 @values_option
 def mcp(
@@ -611,7 +611,8 @@ def _print_answer(output: Output) -> None:
     print_text(console, output["response"])
     print_title(console, "\nValues heard")
     print_table(console, ["Value", "Score", "Reason"], [[v["name"], f"{v['score']:.2f}", v["reason"]] for v in output["values"]])
-    print_title(console, "\nComments")
+    if output["comments"]:  # a distribution may be read without any
+        print_title(console, "\nComments")
     for comment in output["comments"]:
         cut = " (cut off at the longest length)" if comment["finish"] == "length" else ""
         print_title(console, f"{comment['name']}{cut}")

@@ -365,7 +365,7 @@ def test_check_as_a_process_of_its_own_shows_no_stack_trace(folder):
 
 def test_show_tells_a_value_by_id_name_or_alias_also_one_s_own(vispa, folder, everything):
     for name in ("autonomy", "Autonomy"):
-        shown = json.loads(vispa("values", "show", name, "--json").stdout)
+        shown = json.loads(vispa("values", "show", name, "--bioethics", "--json").stdout)
         assert (shown["id"], shown["family"], shown["pairs"]) == ("autonomy", "bioethics", 64)
         assert shown["facets"] == list(everything["autonomy"].facets)
     shown = vispa("values", "show", "order in things", "--values", folder).stdout

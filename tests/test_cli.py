@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+import click
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
@@ -25,8 +26,9 @@ from vispa_graph.engine.contract import Contrast, Method, Reading, Solver
 from vispa_graph.engine.fake import FakeEngine
 from vispa_graph.errors import NonFiniteError
 from vispa_graph.graph import create_graph
-from vispa_graph.settings import Distribution
+from vispa_graph.settings import Distribution, Settings
 from vispa_graph.state import MODES, Output
+from vispa_graph.taxonomy_index import Taxonomy
 
 QUERY = "Should my father, 84, have surgery he does not want?"
 OWN_VALUE = """
@@ -118,6 +120,12 @@ def test_the_choices_written_out_are_those_of_the_library():
     assert [get_args(named) for named in choices.values()] == list(choices)
 
 
+def test_the_defaults_written_out_are_those_of_the_settings():
+    helped = {option.name: option.help for option in cli.ask.params if isinstance(option, click.Option)}
+    for name in ("top_k", "strength", "seed"):
+        assert f"; {Settings.model_fields[name].default:g} by default." in helped[name]
+
+
 # ask
 
 
@@ -154,6 +162,14 @@ def test_an_answer_is_told_with_its_values_comments_distribution_and_ground(visp
         assert comment["text"] in told
     assert f"yes     {output['distribution']['yes']:.1%}" in told
     assert f"Power: {output['chosen']['reason']}" in told
+
+
+def test_an_answer_without_comments_has_no_heading_for_them(vispa):
+    question = ["ask", QUERY, *option("yes", "no"), "--value", "honor"]
+    assert "Comments" in vispa(*question).stdout
+    told = vispa(*question, "--distribution", "direct").stdout
+    assert "Distribution" in told
+    assert "Comments" not in told
 
 
 def test_notes_reach_the_reader(vispa, engine):
@@ -336,6 +352,33 @@ def test_values_at_stake_in_a_text_are_those_the_library_selects(vispa, make_res
     assert [(v["id"], v["score"], v["reason"]) for v in found] == [(s.value, s.score, s.reason) for s in expected]
     assert found == json.loads(vispa("values", "--query", "-", "--top-k", 4, "--json", stdin=QUERY).stdout)
     assert found[0]["reason"] in vispa("values", "--query", QUERY, "--top-k", 4).stdout
+
+
+# The bioethics family
+
+
+def test_the_bioethics_family_is_switched_on_alike_for_every_command(vispa, taxonomy):
+    with_family = Taxonomy.load(bioethics=True)
+    assert [v["id"] for v in json.loads(vispa("values", "--bioethics", "--json").stdout)] == list(with_family.ids)
+    for arguments in (["values", "autonomy", "--bioethics"], ["values", "--bioethics", "autonomy"]):
+        assert "Autonomy (autonomy)" in vispa(*arguments).stdout
+    heard = json.loads(vispa("ask", QUERY, "--bioethics", "--value", "autonomy", "--json").stdout)
+    assert [comment["value"] for comment in heard["comments"]] == ["autonomy"]
+    fitted = json.loads(vispa("fit", "--bioethics", "--layers", "2", "--method", "mean_difference", "--json").stdout)
+    assert list(fitted["accuracy"]) == list(with_family.ids)
+    for unknown in (["values", "nosuch"], ["ask", QUERY, "--value", "nosuch"]):
+        assert refused(vispa(*unknown), f"taxonomy of {len(taxonomy)} values")
+        assert refused(vispa(*unknown, "--bioethics"), f"taxonomy of {len(with_family)} values")
+
+
+def test_the_bioethics_family_switched_on_by_its_variable_needs_no_option(vispa):
+    assert vispa("values", "autonomy", env={"VISPA_BIOETHICS": "true"}).exit_code == 0
+
+
+@pytest.mark.parametrize("command", [["values"], ["ask", QUERY, "--value"]])
+@pytest.mark.parametrize("name", ["autonomy", "Informed Consent"])
+def test_a_value_of_the_bioethics_family_that_is_off_is_refused_with_how_to_switch_it_on(vispa, command, name):
+    assert refused(vispa(*command, name), "bioethics family", "Settings(bioethics=True)", "VISPA_BIOETHICS=true", "--bioethics")
 
 
 # fit
@@ -580,9 +623,19 @@ def test_bad_input_ends_with_exit_code_2_and_a_message(vispa, engine, arguments,
     assert engine.requests == []
 
 
-@pytest.mark.parametrize("stdin", [b"", b" \n", b"\xff\xfe"])
-def test_stdin_without_a_readable_query_is_refused(vispa, stdin):
-    assert refused(vispa("ask", "-", stdin=stdin), "vispa: ")
+@pytest.mark.parametrize("command", [["ask", "-"], ["values", "--query", "-"]])
+@pytest.mark.parametrize(("stdin", "fragment"), [(b"", "the text is blank"), (b" \n", "the text is blank"), (b"\xff\xfe", "not UTF-8")])
+def test_stdin_without_a_readable_query_is_refused(vispa, command, stdin, fragment):
+    assert refused(vispa(*command, stdin=stdin), "vispa: stdin", fragment)
+
+
+@pytest.mark.parametrize(("command", "message"), [(["ask", "-"], "vispa: stdin is closed"), (["values", "new", "mine"], "without a terminal")])
+def test_a_closed_stdin_is_refused_in_one_line(command, message):
+    closing = "import os, sys; os.close(0); os.execv(sys.executable, [sys.executable, '-m', 'vispa_graph', *sys.argv[1:]])"
+    status, output, errors = process("-c", closing, *command)
+    assert (status, output) == (2, "")
+    assert message in errors
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize("command", [["ask", QUERY], ["values"], ["fit"], ["check"]])
@@ -620,6 +673,24 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path, command, kind):
     assert refused(run(*command, folder), f"vispa: The{'re is no' if kind == 'missing' else ''} folder {folder}")
 
 
+@pytest.mark.parametrize("command", [["ask", QUERY, "--model"], ["fit", "--model"], ["check"], ["mcp", "--model"]])
+@pytest.mark.parametrize("kind", ["missing", "empty"])
+def test_a_folder_that_holds_no_model_is_refused_before_anything_is_loaded(vispa, monkeypatch, tmp_path, command, kind):
+    monkeypatch.setattr("vispa_graph.resources.Resources.__init__", None)  # calling it would be a TypeError
+    folder = tmp_path / "model"
+    if kind == "empty":
+        folder.mkdir()
+    assert refused(vispa(*command, folder), str(folder), "no folder" if kind == "missing" else "holds no config.json")
+
+
+def test_a_folder_in_the_home_of_nobody_is_refused():
+    assert refused(run("check", "~nobody-of-this-name/model"), "There is no folder ~nobody-of-this-name/model")
+
+
+def test_checking_a_folder_of_value_files_as_a_model_points_at_the_checks_of_values(own_values):
+    assert refused(run("check", own_values), "no config.json", f"`vispa check --values {own_values}`", f"`vispa values check {own_values}`")
+
+
 def test_a_model_that_does_not_generate_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     assert refused(run("check", tmp_path), "not a causal language model")
@@ -631,7 +702,7 @@ def test_a_device_that_is_not_there_is_refused():
 
 @pytest.mark.parametrize(("name", "text"), [("VISPA_TOP_K", "few"), ("VISPA_LAYERS", "ten"), ("VISPA_METHOD", "guess"), ("VISPA_VALUES", "[")])
 def test_a_variable_that_makes_no_sense_is_refused_by_name(vispa, name, text):
-    assert refused(vispa("values", env={name: text}), "vispa: ", name.removeprefix("VISPA_").lower())
+    assert refused(vispa("values", env={name: text}), "vispa: ", name, name.removeprefix("VISPA_").lower())
 
 
 def test_a_cache_that_cannot_be_written_is_refused_with_its_path(vispa, tmp_path):
@@ -659,28 +730,29 @@ def test_an_interrupt_ends_with_exit_code_130_and_no_stack_trace(vispa, monkeypa
     before = signal.getsignal(signal.SIGINT)
     result = vispa("ask", QUERY)
     assert result.exit_code == 130
-    assert "Traceback" not in result.output
+    assert result.stderr == "vispa: interrupted.\n"
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_control_c_ends_the_process_though_a_thread_is_at_work():
+@pytest.mark.parametrize(("command", "said"), [("ask", "interrupted."), ("fit", "interrupted. What is fitted is kept: the same command goes on from there.")])
+def test_control_c_ends_the_process_though_a_thread_is_at_work_and_says_what_is_kept(command, said):
     code = """
-import threading, time
-from vispa_graph import cli
-def work(*_):
+import sys, threading, time
+from vispa_graph import cli, resources
+def work(*_, **__):
     thread = threading.Thread(target=time.sleep, args=(60,))
     thread.start()
     print("at work", flush=True)
     thread.join()
-cli._run = work
-cli.main(["ask", "x"])
+cli._run = resources.Resources = work
+cli.main(sys.argv[1:])
 """
-    with start("-c", code) as child:
+    with start("-c", code, command, *(["x"] if command == "ask" else [])) as child:
         assert child.stdout.readline() == "at work\n"
         child.send_signal(signal.SIGINT)
         _, errors = child.communicate(timeout=30)
     assert child.returncode == 130
-    assert errors == ""
+    assert errors == f"vispa: {said}\n"
 
 
 @pytest.mark.parametrize("arguments", [["values"], ["values", "--json"], ["values", "power"]])

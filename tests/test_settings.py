@@ -124,6 +124,17 @@ def test_a_malformed_variable_is_refused_like_a_malformed_argument(monkeypatch, 
         Settings()
 
 
+def test_a_bad_setting_is_laid_to_the_environment_only_where_it_came_from_there(monkeypatch):
+    monkeypatch.setenv("VISPA_STRENGTH", "abc")
+    with pytest.raises(SettingsError, match=r"^The settings cannot be used\. strength \(from VISPA_STRENGTH\): it should be a valid number\. \("):
+        Settings()
+    with pytest.raises(SettingsError, match=r"^The settings cannot be used\. strength: it should"):
+        Settings(strength="def")
+    monkeypatch.setenv("VISPA_LAYERS", "ten")
+    with pytest.raises(SettingsError, match=r"layers \(from VISPA_LAYERS\): layers are numbers"):
+        Settings(strength=1)
+
+
 def test_all_problems_are_reported_at_once():
     with pytest.raises(SettingsError, match=r"strength: .*top_k: "):
         Settings(top_k=0, strength=-101)

@@ -111,6 +111,15 @@ def test_an_unknown_value_s_message_never_repeats_what_was_typed(taxonomy, typed
     assert raised.value.__suppress_context__
 
 
+def test_a_value_of_the_bioethics_family_is_known_by_id_name_and_alias_where_the_family_is_off(taxonomy):
+    family = [value for value in Taxonomy.load(bioethics=True) if value.family == "bioethics"]
+    names = [(name, value.id) for value in family for name in (value.id, value.name, *value.aliases) if name not in taxonomy]
+    assert {value_id for _, value_id in names} == {value.id for value in family}
+    for name, value_id in names:
+        with pytest.raises(UnknownValueError, match=f"The value {value_id} belongs to the bioethics family.*bioethics=True"):
+            taxonomy[name]
+
+
 def test_a_folder_of_one_s_own_adds_its_values(taxonomy):
     more = Taxonomy.load(OWN)
     assert more.ids == (*taxonomy.ids, "patience")

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
@@ -31,6 +31,7 @@ from vispa_graph import __version__
 from vispa_graph.cli_common import (
     Refused,
     Show,
+    bioethics_option,
     json_option,
     load_taxonomy,
     open_console,
@@ -44,12 +45,13 @@ from vispa_graph.cli_common import (
     progress,
     read_query,
     settings_of,
+    settings_with_model,
     text,
     value_facts,
     values_option,
 )
 from vispa_graph.cli_values import values_group
-from vispa_graph.errors import TaxonomyError, VispaError
+from vispa_graph.errors import ModelNotFoundError, TaxonomyError, VispaError
 
 if TYPE_CHECKING:
     from langchain_core.runnables.graph import Graph
@@ -90,12 +92,19 @@ class Commands(click.Group):
         except VispaError as error:
             raise Refused(str(error)) from error
         except KeyboardInterrupt:
+            click.echo(_farewell(ctx), err=True)
             ctx.exit(130)
         except OSError as error:
             if error.errno == errno.EPIPE:  # click ends quietly
                 raise
             place = f"{error.filename}: " if error.filename else ""
             raise Refused(f"{place}{error.strerror or error}. Check the path, its permissions and the space left.") from error
+
+
+def _farewell(ctx: click.Context) -> str:
+    if ctx.invoked_subcommand == "fit":
+        return "vispa: interrupted. What is fitted is kept: the same command goes on from there."
+    return "vispa: interrupted."
 
 
 def _leave_at_once(ctx: click.Context, number: signal.Signals, last: Callable[[], None] | None = None) -> None:
@@ -108,9 +117,11 @@ def _leave_at_once(ctx: click.Context, number: signal.Signals, last: Callable[[]
         return
 
     def leave(*_: object) -> NoReturn:
-        if sys.stderr.isatty():
-            sys.stderr.write("\x1b[?25h\n")  # the progress display hides the cursor
-            sys.stderr.flush()
+        if sys.stderr:
+            shown = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # the progress display hides the cursor
+            shown += _farewell(ctx) + "\n" if number == signal.SIGINT else ""
+            with suppress(OSError):  # past the buffer, which the signal may have come in the midst of writing to
+                os.write(sys.stderr.fileno(), shown.encode())
         if last:  # in a thread of its own: the signal may have come while this one holds a lock that it needs
             thread = threading.Thread(target=last, daemon=True)
             thread.start()
@@ -170,14 +181,15 @@ def main() -> None:
 @click.option("--population", type=text, help="A country or people whose distribution is asked for.")
 @click.option("--option", "options", multiple=True, type=text, help="An answer to choose between. Repeatable, 2 to 26.")
 @click.option("--value", "asked", multiple=True, type=text, help="A value to hear, by id or name, instead of selected ones. Repeatable.")
-@click.option("--top-k", type=int, help="How many values are heard.")
+@click.option("--top-k", type=int, help="How many values are heard at most; 6 by default.")
 @_model_options
-@click.option("--strength", type=float, help="Multiple of the method's own magnitude; 0 does not steer, below 0 suppresses.")
+@click.option("--strength", type=float, help="Multiple of the method's own magnitude; 0 does not steer, below 0 suppresses; 1 by default.")
 @click.option("--max-new-tokens", type=int, help="Longest comment, in tokens.")
-@click.option("--seed", type=int, help="Seed of the sampling, where the temperature is above 0.")
+@click.option("--seed", type=int, help="Seed of the sampling, where the temperature is above 0; 0 by default.")
 @click.option("--temperature", type=float, help="0 for greedy decoding.")
 @click.option("--distribution", type=click.Choice(DISTRIBUTIONS), help="What a distribution is read after: comments, or the steered question itself.")
 @values_option
+@bioethics_option
 @click.option(
     "--trace",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -203,6 +215,7 @@ def ask(
     temperature: float | None,
     distribution: str | None,
     values: tuple[Path, ...],
+    bioethics: bool,
     trace: Path | None,
     trace_content: bool,
     as_json: bool,
@@ -216,7 +229,7 @@ def ask(
         raise click.UsageError("--trace-content needs --trace FILE. For the traces of a viewer set VISPA_TRACE_CONTENT.")
     if trace:
         _check_target(trace)
-    settings = settings_of(
+    settings = settings_with_model(
         model=model,
         method=method,
         layers=layers,
@@ -227,7 +240,8 @@ def ask(
         distribution=distribution,
         top_k=top_k,
         values=values,
-        trace_content=trace_content or None,
+        bioethics=bioethics,
+        trace_content=trace_content,
     )
     given = {"query": read_query(query), "mode": mode, "attribute": attribute, "population": population, "options": list(options) or None}
     try:
@@ -261,6 +275,7 @@ def trace_command(file: Path, as_json: bool) -> None:
 @click.option("--reading", type=click.Choice(READINGS), help="Whether sentences are read bare or in a chat.")
 @click.option("--solver", type=click.Choice(SOLVERS), help="How probes are solved.")
 @values_option
+@bioethics_option
 @json_option
 def fit(
     model: str | None,
@@ -270,19 +285,21 @@ def fit(
     reading: str | None,
     solver: str | None,
     values: tuple[Path, ...],
+    bioethics: bool,
     as_json: bool,
 ) -> None:
     """Fit the directions of all values, keep them in the cache, and show how well each tells its sentences apart.
 
     What is in the cache is not fitted again, so that a fit that was broken off goes on where it was.
     """
+    # top_k plays no part in fitting, but must fit a small taxonomy of one's own.
+    chosen = {"model": model, "method": method, "layers": layers, "contrast": contrast, "reading": reading, "solver": solver}
+    settings = settings_with_model(**chosen, values=values, bioethics=bioethics, top_k=1)
     from vispa_graph.engine.directions import SEPARATES, separates
     from vispa_graph.resources import Resources
 
     logging.getLogger("vispa_graph").addHandler(logging.NullHandler())  # the warnings are told below
     with progress() as show:
-        # top_k plays no part in fitting, but must fit a small taxonomy of one's own.
-        settings = settings_of(model=model, method=method, layers=layers, contrast=contrast, reading=reading, solver=solver, values=values, top_k=1)
         with closing(Resources(settings, progress=show)) as resources:
             show("loading the model")
             name, taxonomy = resources.engine.name, resources.taxonomy
@@ -373,7 +390,7 @@ def graph_command(output: Path | None, review: bool, as_json: bool) -> None:
 @click.option(
     "--token", type=text, envvar="VISPA_MCP_TOKEN", show_envvar=True, help="With --http: what clients must send; made up and shown if left out."
 )
-@click.option("--top-k", type=int, help="How many values are heard.")
+@click.option("--top-k", type=int, help="How many values are heard at most; 6 by default.")
 @_model_options
 @values_option
 def mcp(
@@ -403,7 +420,7 @@ def mcp(
     end_tracing_with_the_process()
     for number in (signal.SIGINT, signal.SIGTERM):  # how a server over HTTP ends
         _leave_at_once(click.get_current_context(), number, _send_traces)
-    with closing(Resources(settings_of(model=model, method=method, layers=layers, values=values, top_k=top_k))) as resources:
+    with closing(Resources(settings_with_model(model=model, method=method, layers=layers, values=values, top_k=top_k))) as resources:
         server = create_server(resources)
         try:
             if port is None:
@@ -515,11 +532,17 @@ def _check_values(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def _check_model(model: str) -> dict[str, Any]:
+    try:
+        settings = settings_with_model(model=model, top_k=1)
+    except ModelNotFoundError as error:
+        if any(Path(os.path.expanduser(model)).glob("*.yaml")):
+            raise Refused(f"{error} To check value files: `vispa check --values {model}`, or more strictly `vispa values check {model}`.") from error
+        raise
     from vispa_graph.resources import Resources
 
     with progress() as show:
         show("loading the model")
-        with closing(Resources(settings_of(model=model, top_k=1))) as resources:
+        with closing(Resources(settings)) as resources:
             return cast("HuggingFaceEngine", resources.engine).describe()
 
 
@@ -588,7 +611,8 @@ def _print_answer(output: Output) -> None:
     print_text(console, output["response"])
     print_title(console, "\nValues heard")
     print_table(console, ["Value", "Score", "Reason"], [[v["name"], f"{v['score']:.2f}", v["reason"]] for v in output["values"]])
-    print_title(console, "\nComments")
+    if output["comments"]:  # a distribution may be read without any
+        print_title(console, "\nComments")
     for comment in output["comments"]:
         cut = " (cut off at the longest length)" if comment["finish"] == "length" else ""
         print_title(console, f"{comment['name']}{cut}")

@@ -49,24 +49,41 @@ def text(value: str) -> str:
 
 
 values_option = click.option("--values", type=click.Path(path_type=Path), multiple=True, metavar="FOLDER", help="Your own value files. Repeatable.")
+bioethics_option = click.option("--bioethics", is_flag=True, help="With the ten values of the bioethics family, for health care.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else on stdout.")
 
 
 def settings_of(**given: Any) -> Settings:
-    """Settings of the options that were given: the others must not hide VISPA_* variables."""
+    """Settings of the options and flags that were given: the others must not hide VISPA_* variables."""
     from vispa_graph.settings import Settings
 
-    return Settings(**{name: value for name, value in given.items() if value is not None and value != ()})
+    return Settings(**{name: value for name, value in given.items() if value is not None and value is not False and value != ()})
+
+
+def settings_with_model(**given: Any) -> Settings:
+    """The same, refused at once where they name a folder that holds no model: all else takes seconds to load."""
+    from vispa_graph.engine.folder import find_model
+    from vispa_graph.settings import EMBEDDED
+
+    settings = settings_of(**given)
+    if settings.model != EMBEDDED:
+        find_model(settings.model)
+    return settings
 
 
 def read_query(text: str) -> str:
     """The text, or what stdin holds where it is a dash."""
     if text != "-":
         return text
+    if sys.stdin is None:
+        raise Refused("stdin is closed, so no text can be read from it. Give the text as an argument, or pipe it in.")
     try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
+        query = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Refused(f"stdin is not UTF-8 text (byte {error.start}). Save the text as UTF-8.") from error
+    if not query.strip():
+        raise Refused("stdin: the text is blank. Write it out.")
+    return query
 
 
 # Values

@@ -11,6 +11,7 @@ import click
 
 from vispa_graph.cli_common import (
     Refused,
+    bioethics_option,
     json_option,
     load_taxonomy,
     open_console,
@@ -66,9 +67,12 @@ class _ShowsByDefault(click.Group):
 @click.option("--top-k", type=int, help="With --query: how many at most.")
 @click.option("--family", type=text, help="Only the values of this family.")
 @values_option
+@bioethics_option
 @json_option
 @click.pass_context
-def values_group(ctx: click.Context, query: str | None, top_k: int | None, family: str | None, values: tuple[Path, ...], as_json: bool) -> None:
+def values_group(
+    ctx: click.Context, query: str | None, top_k: int | None, family: str | None, values: tuple[Path, ...], bioethics: bool, as_json: bool
+) -> None:
     """List the values, or those a text puts at stake; show, check or make one.
 
     `vispa values ID` is short for `vispa values show ID`.
@@ -76,11 +80,11 @@ def values_group(ctx: click.Context, query: str | None, top_k: int | None, famil
     if ctx.invoked_subcommand is not None:
         if query is not None or top_k is not None or family is not None:
             raise click.UsageError("Give --query, --top-k and --family without an ID or a command, not both.")
-        ctx.obj = (values, as_json)
+        ctx.obj = (values, as_json, bioethics)
         return
     if top_k is not None and query is None:
         raise click.UsageError("--top-k needs --query.")
-    settings = settings_of(values=values, top_k=top_k, bioethics=True if family == _BIOETHICS else None)
+    settings = settings_of(values=values, top_k=top_k, bioethics=bioethics or family == _BIOETHICS)
     if query is not None:
         _show_selection(read_query(query), settings, family, as_json)
     else:
@@ -90,11 +94,12 @@ def values_group(ctx: click.Context, query: str | None, top_k: int | None, famil
 @values_group.command()
 @click.argument("value_id", metavar="ID", type=text)
 @values_option
+@bioethics_option
 @json_option
 @click.pass_obj
-def show(before: tuple[tuple[Path, ...], bool], value_id: str, values: tuple[Path, ...], as_json: bool) -> None:
+def show(before: tuple[tuple[Path, ...], bool, bool], value_id: str, values: tuple[Path, ...], bioethics: bool, as_json: bool) -> None:
     """Show the value with this ID, name or alias."""
-    value = load_taxonomy(settings_of(values=before[0] + values, bioethics=True))[value_id]
+    value = load_taxonomy(settings_of(values=before[0] + values, bioethics=before[2] or bioethics))[value_id]
     if as_json or before[1]:
         print_json(value_facts(value))
         return
@@ -112,7 +117,7 @@ def show(before: tuple[tuple[Path, ...], bool], value_id: str, values: tuple[Pat
 @click.option("--new-family", multiple=True, type=text, metavar="NAME", help="A family of your own, which is no misspelling. Repeatable.")
 @json_option
 @click.pass_obj
-def check(before: tuple[tuple[Path, ...], bool], folder: Path, new_family: tuple[str, ...], as_json: bool) -> None:
+def check(before: tuple[tuple[Path, ...], bool, bool], folder: Path, new_family: tuple[str, ...], as_json: bool) -> None:
     """Check the value files in FOLDER as a careful editor would; every problem comes with file and line.
 
     Duplicate keys and ids, unknown families, missing forms, twins that differ in length or share too few words, a value named in one twin
@@ -165,7 +170,7 @@ def new(folder: Path, **given: str | None) -> None:
 
 
 def _on_a_terminal() -> bool:
-    return sys.stdin.isatty()
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _of_family(values: Sequence[Value], family: str | None) -> list[Value]:

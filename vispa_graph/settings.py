@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +41,17 @@ def parse_layers(text: str) -> tuple[int, ...] | tuple[float, ...]:
             raise ValueError("layers are numbers from 0 and ascending ranges joined by commas, such as 10-25 or 3,4,5, or fractions such as 0.3-0.8")
         numbers += range(int(found[1]), int(found[2] or found[1]) + 1)
     return tuple(numbers)
+
+
+def _origin(name: str, data: Mapping[str, Any]) -> str:
+    """The variable of the environment that a setting came from; nothing where it was given."""
+    variable = f"VISPA_{name.upper()}"
+    return f" (from {variable})" if name in data and data[name] == os.environ.get(variable) else ""
+
+
+def _in_words(problem: str) -> str:
+    """A message of pydantic without its own vocabulary."""
+    return problem.removeprefix("Value error, ").replace("Input should", "it should").partition(", unable to parse")[0]
 
 
 def _default_cache() -> Path:
@@ -156,5 +167,5 @@ class Settings(BaseSettings):
                 name = ".".join(str(part) for part in problem["loc"][:1]) or "settings"
                 field = cls.model_fields.get(name)
                 meaning = f" ({field.description})" if field else f" Known settings: {', '.join(cls.model_fields)}."
-                problems.append(f"{name}: {problem['msg']}.{meaning}")
+                problems.append(f"{name}{_origin(name, data)}: {_in_words(problem['msg'])}.{meaning}")
             raise SettingsError("The settings cannot be used. " + " ".join(problems)) from None

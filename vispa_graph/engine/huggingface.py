@@ -25,6 +25,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from vispa_graph.engine.batching import Batcher, Job, as_ours
 from vispa_graph.engine.checks import check_batching, check_steerable, sharing_problem
 from vispa_graph.engine.contract import Direction, Floats, Generation, GenerationRequest, Message, ScoreRequest, Scores
+from vispa_graph.engine.folder import find_model
 from vispa_graph.engine.hooks import BatchPlan, Hooks
 from vispa_graph.engine.layers import check_layers, decoder_blocks, default_layers
 from vispa_graph.errors import (
@@ -169,11 +170,7 @@ class HuggingFaceEngine:
             SettingsError: The device is not there, or too small, or a package that the model needs is not installed.
             UnsteerableModelError, NonFiniteError: See the class.
         """
-        folder = Path(model)
-        if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-            if not folder.expanduser().is_dir():
-                raise ModelNotFoundError(f"There is no folder {model}. Give the folder of a saved model, or a name such as Qwen/Qwen3-4B.")
-            model = str(folder.expanduser())
+        model = find_model(model)
         if device_map is not None and find_spec("accelerate") is None:
             raise SettingsError(
                 "device_map needs the package accelerate, which is not installed. Install it (pip install accelerate), or give a device."

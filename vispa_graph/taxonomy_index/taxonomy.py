@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -122,14 +123,7 @@ class Taxonomy:
                     f"{value.file or 'a value'}: the id {value.id!r} is taken by {other.file or 'another value'}. Give each value an id of its own."
                 )
             self._values[value.id] = value
-        self._names: dict[str, str] = {}
-        for value in values:
-            for name in (value.id, value.name, *value.aliases):
-                self._names.setdefault(_key(name), value.id)
-        for value in values:  # an id or name beats another value's alias
-            self._names[_key(value.name)] = value.id
-        for value in values:
-            self._names[_key(value.id)] = value.id
+        self._names = _names(values)
         self.concerns = tuple(concerns)
         self.situations = tuple(situations)
 
@@ -182,12 +176,17 @@ class Taxonomy:
         """The value with this id, name or alias, whatever its case.
 
         Raises:
-            UnknownValueError: No such value; the message names the nearest.
+            UnknownValueError: No such value; the message names the nearest, or says how to switch the bioethics family on.
         """
         try:
             return self._values[self._names[_key(name)]]
         except KeyError:
             # What the caller typed stays out of the message: a mistyped argument may hold a patient's words.
+            if switched_off := _bioethics_names().get(_key(name)):
+                raise UnknownValueError(
+                    f"The value {switched_off} belongs to the bioethics family, which is not part of this taxonomy. "
+                    "Switch it on: Settings(bioethics=True), VISPA_BIOETHICS=true, or the option --bioethics."
+                ) from None
             near = difflib.get_close_matches(_key(name), list(self._names), n=3, cutoff=0.0)
             nearest = ", ".join(dict.fromkeys(self._names[match] for match in near))
             raise UnknownValueError(
@@ -226,6 +225,18 @@ def _labelled_with(known: set[str], situations: Iterable[Situation]) -> list[Sit
 
 def _key(name: str) -> str:
     return re.sub(r"[\s_-]+", "-", name.strip().lower())
+
+
+def _names(values: Sequence[Value]) -> dict[str, str]:
+    """Ids by the keys of ids, names and aliases."""
+    # What comes later overwrites: an id beats a name, which beats another value's alias; of aliases the first wins.
+    aliases = {_key(alias): value.id for value in reversed(values) for alias in reversed(value.aliases)}
+    return aliases | {_key(value.name): value.id for value in values} | {_key(value.id): value.id for value in values}
+
+
+@cache
+def _bioethics_names() -> dict[str, str]:
+    return _names([read_value(path) for path in sorted(BIOETHICS.glob("*.yaml"))])
 
 
 def check_id(value_id: str) -> None:

@@ -1,0 +1,24 @@
+"""Where a model lies: what can be said before anything heavy is imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from vispa_graph.errors import ModelNotFoundError
+
+
+def find_model(model: str) -> str:
+    """The folder of a model, or its name on the hub, which is not looked up.
+
+    Raises:
+        ModelNotFoundError: A folder that does not exist, or that holds no config.json.
+    """
+    folder = Path(os.path.expanduser(model))  # which leaves the home of nobody as it is
+    if not folder.is_dir():
+        if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+            raise ModelNotFoundError(f"There is no folder {model}. Give the folder of a saved model, or a name such as Qwen/Qwen3-4B.")
+        return model
+    if not (folder / "config.json").is_file():
+        raise ModelNotFoundError(f"The folder {model} holds no config.json, so it is no saved model. Give the folder that save_pretrained wrote.")
+    return str(folder)

@@ -734,7 +734,9 @@ def test_an_interrupt_ends_with_exit_code_130_and_no_stack_trace(vispa, monkeypa
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize(("command", "said"), [("ask", "interrupted."), ("fit", "interrupted. What is fitted is kept: the same command goes on from there.")])
+@pytest.mark.parametrize(
+    ("command", "said"), [("ask", "interrupted."), ("fit", "interrupted. What is fitted is kept: the same command goes on from there.")]
+)
 def test_control_c_ends_the_process_though_a_thread_is_at_work_and_says_what_is_kept(command, said):
     code = """
 import sys, threading, time

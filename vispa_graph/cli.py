@@ -299,13 +299,12 @@ def fit(
     from vispa_graph.resources import Resources
 
     logging.getLogger("vispa_graph").addHandler(logging.NullHandler())  # the warnings are told below
-    with progress() as show:
-        with closing(Resources(settings, progress=show)) as resources:
-            show("loading the model")
-            name, taxonomy = resources.engine.name, resources.taxonomy
-            fitted = resources.fit_settings()
-            show("directions")
-            directions = resources.directions
+    with progress() as show, closing(Resources(settings, progress=show)) as resources:
+        show("loading the model")
+        name, taxonomy = resources.engine.name, resources.taxonomy
+        fitted = resources.fit_settings()
+        show("directions")
+        directions = resources.directions
     weak = [value for value, direction in directions.items() if not separates(direction)]
     facts = {"model": name, "method": fitted.method, "contrast": fitted.contrast, "reading": fitted.reading, "layers": list(fitted.layers)}
     if as_json:

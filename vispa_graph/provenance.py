@@ -21,7 +21,7 @@ Node = Callable[..., dict[str, Any]]
 
 # Settings that say where and how fast something runs, what is traced, or that stand in `made_with` by their content.
 NOT_DECISIVE = frozenset(
-    {"device", "device_map", "trust_remote_code", "cache", "linger_ms", "batch_tokens", "queue_size", "timeout", "trace_content"}
+    {"device", "device_map", "trust_remote_code", "cache", "linger_ms", "batch_tokens", "packed_gigabytes", "queue_size", "timeout", "trace_content"}
     | {"values", "shipped_values", "encoder"}
 )
 

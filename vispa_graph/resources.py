@@ -278,6 +278,7 @@ class Resources:
             capacity=s.batch_tokens,
             queue_size=s.queue_size,
             timeout=s.timeout,
+            packed_bytes=int(s.packed_gigabytes * 1e9),
         )
         with self._lock:
             if not self._closed:

@@ -9,6 +9,7 @@ The model is a random Qwen2 of 97 million parameters in float32; its text means 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 
 from vispa_graph.engine.contract import Direction, GenerationRequest, Steering
 from vispa_graph.engine.directions import FitSettings, ReadOnce, fit_direction, fit_directions
@@ -47,8 +48,8 @@ def medians(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, 
     return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
-def load() -> HuggingFaceEngine:
-    """A random model as deep and wide as one of 100 million parameters, with the tokenizer that comes with the package."""
+def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase, HuggingFaceEngine]:
+    """A random model as deep and wide as one of 100 million parameters, bare and, over the same weights, in an engine; with the tokenizer of the package."""
     tokenizer = AutoTokenizer.from_pretrained(str(embedded_folder()))
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -60,12 +61,13 @@ def load() -> HuggingFaceEngine:
         num_key_value_heads=10,
         max_position_embeddings=2048,
     )
-    return HuggingFaceEngine(AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer, name="random")
+    bare = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    hooked = copy.deepcopy(bare, {id(p): p for p in bare.parameters()})
+    return bare, tokenizer, HuggingFaceEngine(hooked, tokenizer, name="random")
 
 
-def one_at_a_time(engine: HuggingFaceEngine, values: Sequence[Value]) -> None:
+def one_at_a_time(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, values: Sequence[Value]) -> None:
     """The plain procedure: a forward pass a sentence, then for each value, block and method two fits, one of them without the held-out pairs."""
-    model, tokenizer = engine._model, engine._tokenizer
     for value in values:
         sides = []
         for texts in ([pair.positive for pair in value.all_pairs], [pair.negative for pair in value.all_pairs]):
@@ -77,7 +79,7 @@ def one_at_a_time(engine: HuggingFaceEngine, values: Sequence[Value]) -> None:
             sides.append(np.stack(states))
         positives, negatives = sides
         held = make_twins(value.all_pairs, "raw").held
-        for layer in range(engine.depth):
+        for layer in range(positives.shape[1]):
             for kept in (~held, slice(None)):
                 p, n = positives[kept, layer], negatives[kept, layer]
                 probe = LogisticRegression(max_iter=10_000).fit(np.concatenate([p, n]), [1] * len(p) + [0] * len(n))
@@ -92,9 +94,11 @@ def in_batches(engine: HuggingFaceEngine, values: Sequence[Value]) -> None:
         fit_directions(once, values, FitSettings(method, tuple(range(engine.depth))))
 
 
-def fitting_ratio(engine: HuggingFaceEngine, values: Sequence[Value], rounds: int) -> tuple[dict[str, float], float]:
+def fitting_ratio(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, engine: HuggingFaceEngine, values: Sequence[Value], rounds: int
+) -> tuple[dict[str, float], float]:
     """Seconds of both, and how many times faster batches are."""
-    found = medians({"one at a time": lambda: one_at_a_time(engine, values), "in batches": lambda: in_batches(engine, values)}, rounds)
+    found = medians({"one at a time": lambda: one_at_a_time(model, tokenizer, values), "in batches": lambda: in_batches(engine, values)}, rounds)
     return found, found["one at a time"] / found["in batches"]
 
 
@@ -162,15 +166,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    taxonomy, engine = Taxonomy.load(), load()
+    taxonomy = Taxonomy.load()
+    model, tokenizer, engine = load()
     values = list(taxonomy)[: args.values]
-    size = sum(p.numel() for p in engine._model.parameters()) / 1e6
+    size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.0f}M parameters, {torch.get_num_threads()} threads, medians of {args.rounds} rounds\n")
     print("| what | seconds | measured | target |\n|---|---|---|---|")
     seconds, ways = distribution_ratio(engine, args.rounds, args.new_tokens)
     told = " / ".join(f"{taken:.2f}" for taken in seconds.values())
     print(f"| comment and score ({VALUES} x {args.new_tokens} tokens) / direct distribution | {told} | {ways:.1f} x | 6 x |", flush=True)
-    seconds, fits = fitting_ratio(engine, values, args.rounds)
+    seconds, fits = fitting_ratio(model, tokenizer, engine, values, args.rounds)
     told = " / ".join(f"{taken:.1f}" for taken in seconds.values())
     what = f"fitting {len(values)} values, {engine.depth} blocks, three methods, with held-out accuracies: one sentence at a time / in batches"
     print(f"| {what} | {told} | {fits:.1f} x | 2.5 x |", flush=True)

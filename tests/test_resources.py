@@ -96,3 +96,13 @@ def test_closing_and_other_steering_wait_for_no_fit_of_an_attribute(make_resourc
         assert not fitting.done()
         let.set()
         assert fitting.result().direction
+
+
+def test_directions_that_tell_nothing_apart_are_warned_of_in_one_short_line(make_resources, monkeypatch, caplog):
+    monkeypatch.setattr("vispa_graph.engine.directions.SEPARATES", 1.01)
+    resources = make_resources()
+    count = len(resources.directions)
+    (said,) = [record.getMessage() for record in caplog.records if "held-out" in record.getMessage()]
+    assert said.startswith(f"{count} of {count} directions do not tell held-out sentences apart")
+    assert "`vispa fit` shows all" in said
+    assert len(said) < 300

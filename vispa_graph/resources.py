@@ -298,7 +298,11 @@ class Resources:
         directions = self._fit(self.taxonomy, self.fit_settings())
         if weak := [value for value, direction in directions.items() if not separates(direction)]:
             _log.warning(
-                "Directions that do not tell held-out sentences apart: %s. Comments steered by them may not speak for their values.", ", ".join(weak)
+                "%d of %d directions do not tell held-out sentences apart, such as that of %s: comments steered by them may not speak for their values. "
+                "`vispa fit` shows all; another reading, method or choice of layers may help.",
+                len(weak),
+                len(directions),
+                weak[0],
             )
         return directions
 

@@ -38,7 +38,7 @@ class PackedWeights:
             self.remove()
             if not isinstance(error, RuntimeError | MemoryError | AttributeError):  # of memory, of oneDNN, or of a torch without its operators
                 raise
-            _log.warning("The weights are not packed (%s: %s), so small batches are slower.", type(error).__name__, error)
+            _log.warning("The weights are not packed (%s: %s), so small batches are slower.", type(error).__name__, str(error).partition("\n")[0])
 
     def _pack(self, linears: list[nn.Linear], most_bytes: int) -> None:
         for linear in sorted(linears, key=_size, reverse=True):

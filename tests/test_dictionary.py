@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from learner import learn_when_told
 from safetensors.numpy import load_file, save_file
 from tiny_models import DEPTH, tiny_engine
 
@@ -145,17 +146,6 @@ def test_it_lies_there_as_sparsify_would_write_it_and_can_be_used_from_there(fol
     assert not open_dictionary(folder, [3]).layers[3].decoder.flags.owndata
 
 
-def learn_when_told(place, number, ready, go):
-    def read(layers):
-        states = np.random.default_rng(number).standard_normal((40, len(layers), WIDTH)).astype(np.float32)
-        ready.release()
-        go.wait(60)
-        return states
-
-    found = learn_dictionary(place, [3, 5], read)
-    place.with_name(str(number)).write_text(found.fingerprint)
-
-
 def test_processes_that_learn_at_once_steer_by_the_same_dictionary_even_if_they_read_otherwise(tmp_path):
     place = tmp_path / "dictionaries" / "one"
     place.parent.mkdir()
@@ -165,10 +155,10 @@ def test_processes_that_learn_at_once_steer_by_the_same_dictionary_even_if_they_
     for process in processes:
         process.start()
     for _ in processes:
-        assert ready.acquire(timeout=60)
+        assert ready.acquire(timeout=120)
     go.set()
     for process in processes:
-        process.join(60)
+        process.join(120)
     assert [process.exitcode for process in processes] == [0, 0]
     assert {place.with_name(str(number)).read_text() for number in range(2)} == {open_dictionary(place, [3, 5]).fingerprint}
     assert sorted(path.name for path in place.iterdir()) == ["layers.3", "layers.5"]

@@ -204,12 +204,13 @@ class Quantised(torch.Tensor):
 
 
 def test_layers_of_other_kinds_precisions_or_forwards_are_left_alone():
-    replaced, quantised, sparse = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+    replaced, quantised, sparse, computed = (nn.Linear(8, 8) for _ in range(4))
     replaced.forward = lambda x: x
     quantised.weight = nn.Parameter(torch.randn(8, 8).as_subclass(Quantised))
     sparse.weight = nn.Parameter(torch.eye(8).to_sparse())
-    normed = nn.utils.weight_norm(nn.Linear(8, 8))  # computes its weight anew each time
-    layers = nn.ModuleList([nn.Linear(8, 8).bfloat16(), Scaled(8, 8), replaced, quantised, sparse, normed, nn.Linear(8, 8, device="meta")])
+    del computed.weight
+    computed.weight = torch.randn(8, 8)  # as weight normalisation does before each product
+    layers = nn.ModuleList([nn.Linear(8, 8).bfloat16(), Scaled(8, 8), replaced, quantised, sparse, computed, nn.Linear(8, 8, device="meta")])
     before = [dict(vars(layer)).get("forward") for layer in layers]
     assert PackedWeights(layers, 1 << 30).bytes == 0
     assert [dict(vars(layer)).get("forward") for layer in layers] == before

@@ -43,7 +43,7 @@ class PackedWeights:
     def _pack(self, linears: list[nn.Linear], most_bytes: int) -> None:
         for linear in sorted(linears, key=_size, reverse=True):
             if self.bytes + _size(linear) <= most_bytes:
-                linear.forward = _forward(linear)
+                vars(linear)["forward"] = _forward(linear)
                 self._packed.append(linear)
                 self.bytes += _size(linear)
 

@@ -146,6 +146,7 @@ def test_it_lies_there_as_sparsify_would_write_it_and_can_be_used_from_there(fol
     assert not open_dictionary(folder, [3]).layers[3].decoder.flags.owndata
 
 
+@pytest.mark.slow
 def test_processes_that_learn_at_once_steer_by_the_same_dictionary_even_if_they_read_otherwise(tmp_path):
     place = tmp_path / "dictionaries" / "one"
     place.parent.mkdir()

@@ -29,9 +29,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from benchmarks import official
+from vispa_graph.engine.cache import expect, roomy_cache
 from vispa_graph.engine.contract import Direction, Generation, GenerationRequest, Positions, Steering
-from vispa_graph.engine.huggingface import HuggingFaceEngine
+from vispa_graph.engine.huggingface import PACKED_BYTES, HuggingFaceEngine
 from vispa_graph.engine.layers import default_layers
+from vispa_graph.engine.packing import PackedWeights
 
 VALUES = 6
 NEW_TOKENS = 128
@@ -76,14 +78,15 @@ class Measured:
 
 
 class Bench:
-    """One random model twice over the same weights: bare, and inside an engine."""
+    """One random model over the same weights bare, with packed weights but no hooks, and inside an engine."""
 
     def __init__(self, config: PreTrainedConfig, layers: Sequence[int], device: str, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         with torch.device(device):
             self.bare = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         self.bare.generation_config = GenerationConfig(pad_token_id=0)
-        hooked = copy.deepcopy(self.bare, {id(p): p for p in self.bare.parameters()})
+        self.unhooked, hooked = (copy.deepcopy(self.bare, {id(p): p for p in self.bare.parameters()}) for _ in range(2))
+        self.packed = PackedWeights(self.unhooked, PACKED_BYTES)
         self.blocks = self.bare.get_decoder().layers
         self.vocabulary, self.width = config.vocab_size, config.hidden_size
         # No end token: every text has its full length, as in the comparison.
@@ -139,6 +142,14 @@ class Bench:
         with torch.inference_mode():
             return self.bare.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS)
 
+    def without_hooks(self, tokens: int, rows: int) -> torch.Tensor:
+        """Unsteered generation as the engine does it, with its cache and packed weights, but without its hooks."""
+        ids, cache = self.ids(tokens, rows), roomy_cache(self.unhooked.config)
+        expect(cache, tokens + NEW_TOKENS - 1)
+        options = {"attention_mask": torch.ones_like(ids), "past_key_values": cache, "do_sample": False, "max_new_tokens": NEW_TOKENS}
+        with torch.inference_mode():
+            return self.unhooked.generate(input_ids=ids, **options)
+
     def clients(self, *, lock: threading.Lock | None) -> None:
         """Eight threads ask for six rows each; with a lock one after the other."""
 
@@ -183,6 +194,14 @@ class Bench:
                 "hooks",
                 lambda n=n: self.steered(n, NEW_TOKENS),
                 lambda n=n: self.plain(n, VALUES),
+                1.02,
+                False,
+            )
+            yield Row(
+                f"{VALUES} steered rows / the same batch with the engine's cache and packed weights, without hooks, {n} + {NEW_TOKENS}",
+                "hooks",
+                lambda n=n: self.steered(n, NEW_TOKENS),
+                lambda n=n: self.without_hooks(n, VALUES),
                 1.02,
                 False,
             )

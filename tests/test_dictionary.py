@@ -1,12 +1,15 @@
 """Sparse dictionaries: what is learned reconstructs, few samples gain by it, and a published one can be used."""
 
 import json
+import multiprocessing
+import os
 import shutil
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from learner import learn_when_told
 from safetensors.numpy import load_file, save_file
 from tiny_models import DEPTH, tiny_engine
 
@@ -141,6 +144,34 @@ def test_it_lies_there_as_sparsify_would_write_it_and_can_be_used_from_there(fol
     assert set(load_file(place / "sae.safetensors")) == {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
     assert json.loads((place / "cfg.json").read_text()) == {"activation": "topk", "k": 16, "num_latents": 40, "d_in": WIDTH}
     assert not open_dictionary(folder, [3]).layers[3].decoder.flags.owndata
+
+
+@pytest.mark.slow
+def test_processes_that_learn_at_once_steer_by_the_same_dictionary_even_if_they_read_otherwise(tmp_path):
+    place = tmp_path / "dictionaries" / "one"
+    place.parent.mkdir()
+    context = multiprocessing.get_context("spawn")
+    ready, go = context.Semaphore(0), context.Event()
+    processes = [context.Process(target=learn_when_told, args=(place, number, ready, go)) for number in range(2)]
+    for process in processes:
+        process.start()
+    for _ in processes:
+        assert ready.acquire(timeout=120)
+    go.set()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert {place.with_name(str(number)).read_text() for number in range(2)} == {open_dictionary(place, [3, 5]).fingerprint}
+    assert sorted(path.name for path in place.iterdir()) == ["layers.3", "layers.5"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes of files are of Unix")
+def test_a_dictionary_can_be_read_by_whoever_may_read_what_the_process_writes(folder, tmp_path):
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "file").write_text("")
+    made = folder / "layers.3"
+    assert made.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert {path.stat().st_mode for path in made.iterdir()} == {(tmp_path / "plain" / "file").stat().st_mode}
 
 
 def config(**changes):

@@ -39,6 +39,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from vispa_graph.engine.contract import Direction, Engine, Generation, GenerationRequest, ScoreRequest, mix
+from vispa_graph.engine.folder import find_model
 from vispa_graph.engine.huggingface import HuggingFaceEngine, fingerprint
 from vispa_graph.errors import (
     BatchError,
@@ -1478,6 +1479,10 @@ def test_loading_from_a_folder_prints_nothing(saved, capfd):
 def test_a_missing_folder_is_not_found(place, tmp_path):
     with pytest.raises(ModelNotFoundError, match="no folder"):
         HuggingFaceEngine.load(str(tmp_path / place))
+
+
+def test_a_name_that_no_file_can_have_is_left_to_the_hub():
+    assert find_model("x" * 5000) == "x" * 5000
 
 
 def test_a_name_on_a_hub_that_cannot_be_reached_is_not_found(monkeypatch):

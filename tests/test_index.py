@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -154,6 +155,15 @@ def test_a_save_that_fails_leaves_nothing_behind(index, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         index.save(tmp_path / "index")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes of files are of Unix")
+def test_an_index_can_be_read_by_whoever_may_read_what_the_process_writes(index, tmp_path):
+    index.save(tmp_path / "index")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "file").write_text("")
+    assert (tmp_path / "index").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "index").iterdir()} == {(tmp_path / "plain" / "file").stat().st_mode}
 
 
 def test_a_folder_that_another_process_put_there_first_stays(index, stored, some_values, word_encoder):

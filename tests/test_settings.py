@@ -76,6 +76,8 @@ def test_the_cache_is_in_the_user_s_cache_folder_unless_told_otherwise(monkeypat
         ("strength", -101),
         ("positions", "prompt"),
         ("queue_size", 0),
+        ("packed_gigabytes", -1),
+        ("packed_gigabytes", float("inf")),
         ("timeout", 0),
         ("strength", float("nan")),
         ("target_probability", 1.0),

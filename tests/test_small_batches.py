@@ -1,5 +1,7 @@
 """What makes small batches fast changes nothing else: keys and values in roomy buffers, and packed weights."""
 
+from itertools import count
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,9 +12,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from vispa_graph.engine import cache as cache_module
-from vispa_graph.engine.cache import RoomyLayer, copies_itself, roomy_cache
-from vispa_graph.engine.huggingface import HuggingFaceEngine
+from vispa_graph.engine import packing
+from vispa_graph.engine.cache import RoomyLayer, copies_itself, expect, roomy_cache
+from vispa_graph.engine.huggingface import PACKED_BYTES, HuggingFaceEngine
 from vispa_graph.engine.packing import PackedWeights
+from vispa_graph.errors import UnsteerableModelError
 from vispa_graph.settings import Settings
 
 # Lengths of states to append, rows to keep (as in a shared prompt), and how many positions to crop.
@@ -62,8 +66,76 @@ def test_only_layers_that_would_copy_themselves_are_replaced():
     kinds = [type(layer) for layer in DynamicCache(config=gemma).layers]
     assert len(set(kinds)) == 2  # sliding windows keep their own
     assert [type(layer) for layer in roomy_cache(gemma).layers] == [RoomyLayer if kind is DynamicLayer else kind for kind in kinds]
-    assert not copies_itself(None)
-    assert not copies_itself(roomy_cache(gemma))
+    assert copies_itself(DynamicCache(config=gemma), gemma)
+    for other in (None, roomy_cache(gemma), DynamicCache()):  # the last is for a model that keeps more than its sliding windows
+        assert not copies_itself(other, gemma)
+
+
+def test_a_buffer_has_no_room_for_more_positions_than_will_come():
+    layer, cache = RoomyLayer(), DynamicCache()
+    cache.layers = [layer, DynamicLayer()]
+    expect(cache, 9)
+    for length in (4, 1, 1, 3):
+        layer.update(torch.randn(2, 3, length, 4), torch.randn(2, 3, length, 4))
+    assert layer.keys.untyped_storage().nbytes() == 2 * 3 * 9 * 4 * 4
+    layer.update(torch.randn(2, 3, 1, 4), torch.randn(2, 3, 1, 4))  # as for one that was told too few
+    assert layer.get_seq_length() == 10
+
+
+def test_values_that_somebody_else_has_changed_are_kept():
+    layer = RoomyLayer()
+    for length in (3, 1):
+        layer.update(torch.randn(1, 1, length, 4), torch.randn(1, 1, length, 4))
+    layer.values = torch.zeros_like(layer.values)
+    _, values = layer.update(torch.ones(1, 1, 1, 4), torch.ones(1, 1, 1, 4))
+    assert values[0, 0, :, 0].tolist() == [0, 0, 0, 0, 1]
+
+
+@pytest.fixture
+def roomy_updates(monkeypatch):
+    """Layers that were appended to, and what was asked of the engine meanwhile."""
+    seen, update = [], RoomyLayer.update
+
+    def counted(layer, *given):
+        seen.append(layer)
+        return update(layer, *given)
+
+    monkeypatch.setattr(RoomyLayer, "update", counted)
+    return seen
+
+
+@pytest.mark.parametrize("positions", ["all", "generated"])
+def test_an_engine_keeps_keys_in_buffers_as_large_as_its_batch_may_need(positions, roomy_updates):
+    engine = tiny_engine()
+    roomy_updates.clear()
+    try:
+        result = engine.generate(ask("Should I?", steering=steer(random_direction([1]), positions=positions), max_new_tokens=5)).result()
+    finally:
+        engine.close()
+    layer = roomy_updates[-1]
+    assert layer.get_seq_length() == layer.most == result.prompt_tokens + 4
+    assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
+
+
+def refuse(layer, keys, values, *_):
+    raise RuntimeError("view size is not compatible with input tensor's size and stride")
+
+
+def distort(layer, keys, values, *_):
+    return [2 * states for states in DynamicLayer.update(layer, keys, values)]
+
+
+@pytest.mark.parametrize("update", [refuse, distort])
+@pytest.mark.parametrize("positions", ["all", "generated"])
+def test_a_model_that_fails_or_answers_otherwise_with_roomy_keys_keeps_its_own_cache(update, positions, monkeypatch):
+    request = ask("Should I?", steering=steer(random_direction([1]), positions=positions), max_new_tokens=9)
+    texts = []
+    for _ in range(2):
+        engine = tiny_engine()
+        texts.append(engine.generate(request).result().text)
+        engine.close()
+        monkeypatch.setattr(RoomyLayer, "update", update)
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -79,7 +151,7 @@ def test_steered_texts_and_readings_are_the_same_without_what_makes_them_fast(ar
             engine.close()
 
     texts, states = answers(1 << 30)
-    monkeypatch.setattr("vispa_graph.engine.huggingface.copies_itself", lambda cache: False)
+    monkeypatch.setattr("vispa_graph.engine.huggingface.copies_itself", lambda *_: False)
     plain_texts, plain_states = answers(0)
     assert texts == plain_texts
     torch.testing.assert_close(states, plain_states, rtol=1e-4, atol=1e-5)
@@ -90,9 +162,11 @@ def test_a_text_longer_than_the_room_of_a_buffer_is_the_same(monkeypatch):
     texts = []
     for _ in range(2):
         engine = tiny_engine()
-        texts.append(engine.generate(request).result().text)
+        result = engine.generate(request).result()
+        assert result.completion_tokens > 2 * cache_module._ROOM
+        texts.append(result.text)
         engine.close()
-        monkeypatch.setattr("vispa_graph.engine.huggingface.copies_itself", lambda cache: False)
+        monkeypatch.setattr("vispa_graph.engine.huggingface.copies_itself", lambda *_: False)
     assert texts[0] == texts[1]
 
 
@@ -125,13 +199,80 @@ class Scaled(nn.Linear):
     """A layer with a product of its own, as quantisation and adapters bring."""
 
 
+class Quantised(torch.Tensor):
+    """A weight that pretends to another precision than it is kept in."""
+
+
 def test_layers_of_other_kinds_precisions_or_forwards_are_left_alone():
-    replaced = nn.Linear(8, 8)
+    replaced, quantised, sparse, computed = (nn.Linear(8, 8) for _ in range(4))
     replaced.forward = lambda x: x
-    layers = nn.ModuleList([nn.Linear(8, 8).bfloat16(), Scaled(8, 8), replaced, nn.Linear(8, 8, device="meta")])
+    quantised.weight = nn.Parameter(torch.randn(8, 8).as_subclass(Quantised))
+    sparse.weight = nn.Parameter(torch.eye(8).to_sparse())
+    del computed.weight
+    computed.weight = torch.randn(8, 8)  # as weight normalisation does before each product
+    layers = nn.ModuleList([nn.Linear(8, 8).bfloat16(), Scaled(8, 8), replaced, quantised, sparse, computed, nn.Linear(8, 8, device="meta")])
     before = [dict(vars(layer)).get("forward") for layer in layers]
     assert PackedWeights(layers, 1 << 30).bytes == 0
     assert [dict(vars(layer)).get("forward") for layer in layers] == before
+
+
+def packed_forwards(model):
+    return [module for module in model.modules() if "forward" in vars(module)]
+
+
+@pytest.fixture
+def second_fails(monkeypatch):
+    """Gives a function by which the second weight that is packed raises an error."""
+    pack, asked = packing._forward, count()
+
+    def by(error):
+        def forward(linear):
+            if next(asked) == 1:
+                raise error
+            return pack(linear)
+
+        monkeypatch.setattr(packing, "_forward", forward)
+
+    return by
+
+
+@pytest.mark.parametrize("error", [RuntimeError("[...] can't allocate memory"), MemoryError(), AttributeError("no such operator")])
+def test_weights_that_cannot_be_packed_are_warned_of_and_the_model_runs_on_its_own(error, second_fails, caplog):
+    second_fails(error)
+    model = tiny_model()
+    engine = HuggingFaceEngine(model, byte_tokenizer(), name="tiny")
+    try:
+        assert engine.describe()["packed_megabytes"] == 0
+        assert not packed_forwards(model)
+        assert engine.generate(ask("Well?", max_new_tokens=2)).result()
+    finally:
+        engine.close()
+    assert "not packed" in caplog.text
+
+
+def test_packing_that_is_interrupted_leaves_the_model_as_it_was(second_fails):
+    second_fails(KeyboardInterrupt())
+    model = tiny_model()
+    with pytest.raises(KeyboardInterrupt):
+        HuggingFaceEngine(model, byte_tokenizer(), name="tiny")
+    assert not packed_forwards(model)
+    assert not any(hook.__module__.startswith("vispa_graph") for module in model.modules() for hook in module._forward_hooks.values())
+
+
+def test_a_model_that_is_refused_is_left_as_it_was(monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr("vispa_graph.engine.huggingface.fingerprint", lambda *_: 1 / 0)
+    with pytest.raises(UnsteerableModelError):
+        HuggingFaceEngine(model, byte_tokenizer(), name="tiny")
+    assert not packed_forwards(model)
+
+
+def test_a_product_that_somebody_else_has_taken_off_is_no_problem():
+    layer = nn.Linear(8, 8)
+    packed = PackedWeights(layer, 1 << 20)
+    del layer.forward
+    packed.remove()
+    assert packed.bytes == 0
 
 
 def test_an_engine_says_what_is_packed_and_leaves_the_model_as_it_was():
@@ -139,10 +280,10 @@ def test_an_engine_says_what_is_packed_and_leaves_the_model_as_it_was():
     engine = HuggingFaceEngine(model, byte_tokenizer(), name="tiny")
     assert engine.describe()["packed_megabytes"] > 0
     engine.close()
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not packed_forwards(model)
 
 
 def test_packing_may_take_two_gigabytes_unless_told_otherwise(monkeypatch):
-    assert Settings().packed_gigabytes == 2
+    assert Settings().packed_gigabytes * 1e9 == PACKED_BYTES == 2e9
     monkeypatch.setenv("VISPA_PACKED_GIGABYTES", "0")
     assert Settings().packed_gigabytes == 0

@@ -138,7 +138,10 @@ class Settings(BaseSettings):
     linger_ms: float = Field(15.0, ge=0, le=1000, description="How long a request waits for others to share its batch, in ms.")
     batch_tokens: int = Field(32768, ge=64, description="Largest batch, rows x width in tokens.")
     packed_gigabytes: float = Field(
-        2.0, ge=0, description="Most memory for packed copies of the model's weights, which make small batches faster on a processor; 0 for none."
+        2.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Most memory for packed copies of the model's weights, which make small batches faster on a processor; 0 for none.",
     )
     queue_size: int = Field(1024, ge=1, description="Most requests that wait for the engine; more are refused as busy.")
     timeout: float | None = Field(None, gt=0, description="Seconds after which a request to the engine fails; none unless given.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import uuid
 from pathlib import Path
 
@@ -20,7 +19,9 @@ class atomic_folder:
 
     def __enter__(self) -> Path:
         self._folder.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = Path(tempfile.mkdtemp(prefix=f".{self._folder.name}-", dir=self._folder.parent))
+        # Made by name and not by mkdtemp, which would leave the folder to its owner alone.
+        self._temporary = self._folder.with_name(f".{self._folder.name}-{uuid.uuid4().hex}.tmp")
+        self._temporary.mkdir()
         return self._temporary
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

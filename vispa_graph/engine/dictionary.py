@@ -193,7 +193,7 @@ def _read(folder: Path) -> Features:
 
 
 def _write(folder: Path, features: Features) -> None:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     tensors = {
         "encoder.weight": features.encoder,
@@ -203,6 +203,6 @@ def _write(folder: Path, features: Features) -> None:
     }
     size, width = features.encoder.shape
     with atomic_folder(folder) as temporary:
-        save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, temporary / _TENSORS)
+        (temporary / _TENSORS).write_bytes(save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}))
         config = {"activation": "topk", "k": features.active, "num_latents": size, "d_in": width}
         (temporary / _CONFIG).write_text(json.dumps(config), encoding="utf-8")

@@ -15,10 +15,10 @@ def find_model(model: str) -> str:
         ModelNotFoundError: A folder that does not exist, or that holds no config.json.
     """
     folder = Path(os.path.expanduser(model))  # which leaves the home of nobody as it is
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False too where the system would not even look, as for a name that is too long
         if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
             raise ModelNotFoundError(f"There is no folder {model}. Give the folder of a saved model, or a name such as Qwen/Qwen3-4B.")
         return model
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         raise ModelNotFoundError(f"The folder {model} holds no config.json, so it is no saved model. Give the folder that save_pretrained wrote.")
     return str(folder)

@@ -23,8 +23,8 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from vispa_graph.engine.batching import Batcher, Job, as_ours
-from vispa_graph.engine.cache import copies_itself, roomy_cache
-from vispa_graph.engine.checks import check_batching, check_steerable, sharing_problem
+from vispa_graph.engine.cache import copies_itself, expect, roomy_cache
+from vispa_graph.engine.checks import check_batching, check_steerable, difference, sharing_problem, tolerance
 from vispa_graph.engine.contract import Direction, Floats, Generation, GenerationRequest, Message, ScoreRequest, Scores
 from vispa_graph.engine.folder import find_model
 from vispa_graph.engine.hooks import BatchPlan, Hooks
@@ -84,7 +84,7 @@ class _Work:
 class HuggingFaceEngine:
     """Steers one causal language model.
 
-    The model is put into evaluation mode and gets permanent hooks; it must not be used by anyone else until `close`.
+    The model is put into evaluation mode and gets permanent hooks; it must not be used or changed by anyone else until `close`.
 
     Args:
         model: Any causal language model whose decoder blocks can be found.
@@ -138,12 +138,12 @@ class HuggingFaceEngine:
         self._capacity, self._timeout = capacity, timeout
         self._lock = threading.Lock()
         self._stops = _end_tokens(model, tokenizer)
-        self._hooks = Hooks(self._blocks)
         self._packed = PackedWeights(model, packed_bytes)
-        self._copies_cache = False
+        self._hooks = Hooks(self._blocks)
+        self._roomy = False
         try:
             check_steerable(model, self._blocks)
-            self._copies_cache = self._has_copying_cache()
+            self._roomy = self._takes_roomy_cache()
             vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
             check_batching(type(model).__name__, self._two_steps, vocabulary)
             self._sharing_problem = sharing_problem(self._two_steps, vocabulary)
@@ -544,11 +544,22 @@ class HuggingFaceEngine:
             output = self._decode(*self._padded(prompts), past_key_values=cache, logits_processor=always, stops=False, **options)
             return torch.stack(output.logits, dim=1)
 
-    def _has_copying_cache(self) -> bool:
-        """Whether `generate` gives this model a cache that copies itself at every token."""
+    def _takes_roomy_cache(self) -> bool:
+        """Whether `generate` gives this model a cache that copies itself at every token, and a roomy one gives the same logits."""
+        options: dict[str, Any] = {"max_new_tokens": 2, "stops": False, "return_dict_in_generate": True, "output_logits": True}
+        options["logits_processor"] = LogitsProcessorList([_Always(1)])
+        prompts = self._padded([[1, 1], [1, 1]])
         with torch.inference_mode():
-            output = self._decode(*self._padded([[1]]), max_new_tokens=1, stops=False, return_dict_in_generate=True)
-            return copies_itself(getattr(output, "past_key_values", None))
+            own = self._decode(*prompts, **options)
+            if not copies_itself(getattr(own, "past_key_values", None), self._model.config):
+                return False
+            try:
+                roomy = self._decode(*prompts, past_key_values=roomy_cache(self._model.config), **options)
+            except Exception as error:  # of a model whose own code needs its keys side by side in memory
+                _log.debug("%s takes no roomy cache (%s).", type(self._model).__name__, _first_line(error))
+                return False
+        one, other = (torch.stack(output.logits) for output in (roomy, own))
+        return difference(one, other) <= tolerance(other.dtype)
 
     def _prompt_cache(self, prompts: Sequence[Sequence[int]]) -> Any:
         """The keys and values of each prompt without its last token, one row each; equal prompts are read once. None where that is nothing."""
@@ -584,8 +595,10 @@ class HuggingFaceEngine:
         # `generate` would fill what is unset from the model's own settings (sampling, penalties): they must not decide here.
         own, self._model.generation_config = self._model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
         given = {name: option for name, option in options.items() if option is not None}
-        if self._copies_cache and "past_key_values" not in given:
-            given["past_key_values"] = roomy_cache(self._model.config)
+        if self._roomy:
+            if "past_key_values" not in given:
+                given["past_key_values"] = roomy_cache(self._model.config)
+            expect(given["past_key_values"], ids.shape[1] + max_new_tokens - 1)  # the last token that is chosen is never read
         try:
             return cast(Any, self._model).generate(input_ids=ids, attention_mask=mask, generation_config=settings, **given)
         finally:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as read_safetensors
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from vispa_graph.errors import StoreError
 from vispa_graph.storage import atomic_folder
@@ -136,7 +136,7 @@ class TaxonomyIndex:
 
         with atomic_folder(folder) as temporary:
             faiss.write_index(self._index, str(temporary / _INDEX))
-            save_file({"pull": self.pull, "centroids": self.centroids}, temporary / _WEIGHTS)
+            (temporary / _WEIGHTS).write_bytes(save({"pull": self.pull, "centroids": self.centroids}))
             sums = {name: hashlib.sha256((temporary / name).read_bytes()).hexdigest() for name in (_INDEX, _WEIGHTS)}
             manifest = _key(self.taxonomy, self.encoder) | {"phrases": len(self.phrases), "sha256": sums}
             (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")

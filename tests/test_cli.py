@@ -317,6 +317,7 @@ def test_a_trace_replaces_the_old_one_whole_and_leaves_nothing_beside_it(vispa, 
 
 def test_a_trace_that_cannot_be_written_is_refused_before_any_work(vispa, engine, tmp_path):
     assert refused(vispa("ask", QUERY, "--trace", tmp_path / "no" / "trace.json"), "there is no folder")
+    assert refused(vispa("ask", QUERY, "--trace", ""), "is a folder")
     assert engine.requests == []
 
 

@@ -408,6 +408,24 @@ def test_an_odd_but_valid_file_is_drawn(tmp_path):
     assert draw(read_trace(tmp_path / "trace.json")) is not None
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "outputs", "metadata"),
+    [
+        ("compose", "chain", {"output": "redacted"}, {}),
+        ("judge", "llm", None, {"value": 5}),
+        ("TaxonomyRetriever", "retriever", {"documents": None}, {}),
+        ("steer", "llm", {"generations": [[{"message": {"response_metadata": {"steering": {"layers": [1]}}}}]]}, {}),
+    ],
+)
+def test_a_file_whose_runs_have_another_shape_is_refused_in_a_line(tmp_path, name, kind, outputs, metadata):
+    run = {"name": name, "run_type": kind, "start": "2026-01-01T00:00:00", "end": None, "inputs": 3, "outputs": outputs, "error": None}
+    (tmp_path / "trace.json").write_text(json.dumps(run | {"tags": [], "metadata": metadata, "children": []}))
+    result = vispa("trace", tmp_path / "trace.json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("vispa: The trace cannot be drawn")
+    assert vispa("trace", tmp_path / "trace.json", "--json").exit_code == 0
+
+
 # The command line, traced as the environment says
 
 

@@ -580,6 +580,8 @@ def _dot(drawn: Graph) -> str:
 
 def _check_target(path: Path) -> None:
     """Refuse a file that cannot be written before any work is done for it."""
+    if path.is_dir():  # click takes a blank name for a file, and pathlib for the folder that we are in
+        raise Refused(f"{path} is a folder. Give the name of a file.")
     folder = path.resolve().parent
     if not folder.is_dir():
         raise Refused(f"{path}: there is no folder {folder}. Make it first.")

@@ -630,13 +630,25 @@ def test_stdin_without_a_readable_query_is_refused(vispa, command, stdin, fragme
     assert refused(vispa(*command, stdin=stdin), "vispa: stdin", fragment)
 
 
-@pytest.mark.parametrize(("command", "message"), [(["ask", "-"], "vispa: stdin is closed"), (["values", "new", "mine"], "without a terminal")])
+def closing(stream):
+    """Code that runs the command line with a stream closed: 0 is stdin, 1 stdout."""
+    return f"import os, sys; os.close({stream}); os.execv(sys.executable, [sys.executable, '-m', 'vispa_graph', *sys.argv[1:]])"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [(["ask", "-"], "vispa: stdin is closed"), (["values", "new", "mine"], "without a terminal"), (["mcp"], "vispa: stdin or stdout is closed")],
+)
 def test_a_closed_stdin_is_refused_in_one_line(command, message):
-    closing = "import os, sys; os.close(0); os.execv(sys.executable, [sys.executable, '-m', 'vispa_graph', *sys.argv[1:]])"
-    status, output, errors = process("-c", closing, *command)
+    status, output, errors = process("-c", closing(0), *command)
     assert (status, output) == (2, "")
     assert message in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("command", [["values"], ["values", "--json"]])
+def test_a_closed_stdout_is_no_error_worth_a_stack_trace(command):
+    assert process("-c", closing(1), *command) == (0, "", "")
 
 
 @pytest.mark.parametrize("command", [["ask", QUERY], ["values"], ["fit"], ["check"]])

@@ -407,6 +407,8 @@ def mcp(
     """
     if not find_spec("mcp"):
         raise Refused("The MCP server needs the package mcp: pip install 'vispa_graph[mcp]'.")
+    if port is None and (sys.stdin is None or sys.stdout is None):
+        raise Refused("stdin or stdout is closed, and over stdio both are needed. Leave them open, or serve over HTTP with --http PORT.")
     from vispa_graph.mcp_server import create_server, serve_http, serve_stdio
     from vispa_graph.resources import Resources
     from vispa_graph.settings import end_tracing_with_the_process

@@ -142,7 +142,8 @@ def open_console() -> Console:
 
 
 def print_json(data: Any) -> None:
-    text = json.dumps(data, indent=2, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf"))
+    encoding = getattr(sys.stdout, "encoding", None) or ""  # None where stdout is closed
+    text = json.dumps(data, indent=2, ensure_ascii=not encoding.lower().startswith("utf"))
     click.echo(text)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -821,6 +822,12 @@ def test_a_token_that_is_not_given_is_made_up_and_shown(vispa, served):
     assert shown[1] == served["token"]
     assert len(set(shown)) == 2
     assert all(len(token) >= 32 for token in shown)
+
+
+def test_a_port_that_is_taken_is_refused_with_how_to_choose_another(vispa):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert refused(vispa("mcp", "--http", port), f"vispa: Port {port} cannot be served on: Address already in use. Choose another one")
 
 
 def test_without_its_package_the_server_says_what_to_install(vispa, monkeypatch):

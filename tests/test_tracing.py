@@ -445,28 +445,35 @@ both_protocols = pytest.mark.parametrize("protocol", ["langsmith", "opentelemetr
 @pytest.mark.slow
 @both_protocols
 @pytest.mark.parametrize("endpoint", ["refuses", "never answers"])
-def test_the_command_line_ends_soon_after_its_answer_although_its_endpoint_is_dead(cache, protocol, endpoint):
+@pytest.mark.parametrize("command", [["ask", QUERY, "--value", "karma", "--max-new-tokens", "5", "--json"], ["values", "--query", QUERY, "--json"]])
+def test_the_command_line_ends_soon_after_its_answer_although_its_endpoint_is_dead(cache, protocol, endpoint, command):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
         url = f"http://127.0.0.1:{9 if endpoint == 'refuses' else silent.getsockname()[1]}"
-        command = [sys.executable, "-m", "vispa_graph", "ask", QUERY, "--value", "karma", "--max-new-tokens", "5", "--json"]
-        with subprocess.Popen(command, env=tracing_to(url, protocol, cache), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        with subprocess.Popen(
+            [sys.executable, "-m", "vispa_graph", *command], env=tracing_to(url, protocol, cache), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as process:
             started = time.monotonic()
             answer = os.read(process.stdout.fileno(), 1)
             answered = time.monotonic()
             answer += process.stdout.read()
             assert process.wait(120) == 0
             ended = time.monotonic()
-    assert json.loads(answer)["mode"] == "overton"
+    assert json.loads(answer)
     # benchmarks/tracing.py measures the two seconds that are allowed. A busy machine takes longer for all, and a client that is waited for 12 and more.
     assert ended - answered < max(4, (answered - started) / 2)
 
 
 @pytest.mark.slow
 @both_protocols
-def test_the_command_line_sends_what_it_traced_before_it_ends(cache, collector, protocol):
-    command = [sys.executable, str(ROOT / "tests" / "mcp_over_stdio.py"), "ask", QUERY, "--value", "karma"]
-    subprocess.run(command, env=tracing_to(collector.url, protocol, cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-    assert {run["name"] for run in collector.runs.values()} | {span.name for span in collector.spans} == {
-        *("vispa", "retrieve", "rerank", "steer", "steer karma", "overton", "compose")
-    }
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        (["ask", QUERY, "--value", "karma"], {"vispa", "retrieve", "rerank", "steer", "steer karma", "overton", "compose"}),
+        (["values", "--query", QUERY], {"ValueReranker"}),
+    ],
+)
+def test_the_command_line_sends_what_it_traced_before_it_ends(cache, collector, protocol, command, names):
+    whole = [sys.executable, str(ROOT / "tests" / "mcp_over_stdio.py"), *command]
+    subprocess.run(whole, env=tracing_to(collector.url, protocol, cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+    assert {run["name"] for run in collector.runs.values()} | {span.name for span in collector.spans} == names
     assert QUERY.encode() not in collector.bytes

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -317,6 +318,7 @@ def test_a_trace_replaces_the_old_one_whole_and_leaves_nothing_beside_it(vispa, 
 
 def test_a_trace_that_cannot_be_written_is_refused_before_any_work(vispa, engine, tmp_path):
     assert refused(vispa("ask", QUERY, "--trace", tmp_path / "no" / "trace.json"), "there is no folder")
+    assert refused(vispa("ask", QUERY, "--trace", ""), "is a folder")
     assert engine.requests == []
 
 
@@ -629,13 +631,25 @@ def test_stdin_without_a_readable_query_is_refused(vispa, command, stdin, fragme
     assert refused(vispa(*command, stdin=stdin), "vispa: stdin", fragment)
 
 
-@pytest.mark.parametrize(("command", "message"), [(["ask", "-"], "vispa: stdin is closed"), (["values", "new", "mine"], "without a terminal")])
+def closing(stream):
+    """Code that runs the command line with a stream closed: 0 is stdin, 1 stdout."""
+    return f"import os, sys; os.close({stream}); os.execv(sys.executable, [sys.executable, '-m', 'vispa_graph', *sys.argv[1:]])"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [(["ask", "-"], "vispa: stdin is closed"), (["values", "new", "mine"], "without a terminal"), (["mcp"], "vispa: stdin or stdout is closed")],
+)
 def test_a_closed_stdin_is_refused_in_one_line(command, message):
-    closing = "import os, sys; os.close(0); os.execv(sys.executable, [sys.executable, '-m', 'vispa_graph', *sys.argv[1:]])"
-    status, output, errors = process("-c", closing, *command)
+    status, output, errors = process("-c", closing(0), *command)
     assert (status, output) == (2, "")
     assert message in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("command", [["values"], ["values", "--json"]])
+def test_a_closed_stdout_is_no_error_worth_a_stack_trace(command):
+    assert process("-c", closing(1), *command) == (0, "", "")
 
 
 @pytest.mark.parametrize("command", [["ask", QUERY], ["values"], ["fit"], ["check"]])
@@ -808,6 +822,12 @@ def test_a_token_that_is_not_given_is_made_up_and_shown(vispa, served):
     assert shown[1] == served["token"]
     assert len(set(shown)) == 2
     assert all(len(token) >= 32 for token in shown)
+
+
+def test_a_port_that_is_taken_is_refused_with_how_to_choose_another(vispa):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert refused(vispa("mcp", "--http", port), f"vispa: Port {port} cannot be served on: Address already in use. Choose another one")
 
 
 def test_without_its_package_the_server_says_what_to_install(vispa, monkeypatch):

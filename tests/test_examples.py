@@ -211,8 +211,14 @@ def test_the_value_file_of_the_readme_is_read_as_it_stands(tmp_path):
 
 @pytest.mark.parametrize("line", commands())
 def test_every_command_of_the_readme_is_one_that_the_command_line_takes(line):
-    name, *arguments = shlex.split(line, comments=True)[1:]
-    vispa.commands[name].make_context(name, arguments)  # raises a usage error for an unknown option or a bad value
+    command, name, arguments = vispa, "vispa", shlex.split(line, comments=True)[1:]
+    parent = None
+    while True:
+        parent = command.make_context(name, list(arguments), parent=parent)  # raises a usage error for an unknown option or a bad value
+        arguments = [*parent._protected_args, *parent.args]
+        if not arguments:
+            break
+        name, command, arguments = command.resolve_command(parent, arguments)
 
 
 def test_the_readme_names_every_command_setting_input_and_output():

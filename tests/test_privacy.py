@@ -6,6 +6,7 @@ Every input, every comment, every answer and every error text holds a marker; ev
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from langsmith import Client, traceable, tracing_context
 from test_tracing import Scripted, drain
 from typing_extensions import TypedDict
 
-from vispa_graph import SteeredChatModel, as_tool
+from vispa_graph import SteeredChatModel, as_tool, select_values
 from vispa_graph.engine.fake import FakeEngine
 from vispa_graph.errors import BatchError, InputError, NonFiniteError
 from vispa_graph.graph import create_graph
@@ -332,6 +333,27 @@ def test_no_byte_that_any_observer_gets_of_any_way_of_running_holds_a_text(make_
     assert b"fake" in everything or b"vispa" in everything  # it did observe the run
 
 
+AROUND = ("tracing_context_around", "tracing_enabled_around", "environment", "openinference", "run_collector")
+JUDGED = json.dumps([{"id": "karma", "grade": 2, "reason": marked("He said")}])
+
+
+@pytest.mark.parametrize("parts", [{}, {"reranker": "llm", "main_llm": FakeListChatModel(responses=[JUDGED])}], ids=["default", "llm"])
+@pytest.mark.parametrize("observer", AROUND)
+def test_the_selection_alone_leaks_neither(make_graph, collector, logged, observer, parts):
+    with OBSERVERS[observer](collector) as (_, read):
+        assert select_values(QUERY, 2, resources=make_graph(**parts).resources)
+        everything = read()
+    assert check_private(lambda: everything, logged)
+    assert b"ValueReranker" in everything
+
+
+@pytest.mark.parametrize("observer", AROUND)
+def test_of_the_selection_alone_too_every_observer_gets_the_text_where_content_may_be_traced(make_graph, collector, observer):
+    with OBSERVERS[observer](collector) as (_, read):
+        select_values(QUERY, 2, resources=make_graph(trace_content=True).resources)
+        assert MARK.encode() in read()
+
+
 @pytest.mark.parametrize("observer", list(OBSERVERS))
 def test_every_observer_would_get_the_texts_if_they_were_not_left_out(make_graph, collector, observer):
     with OBSERVERS[observer](collector) as (config, read):
@@ -416,6 +438,29 @@ def test_a_review_inside_a_host_leaks_nothing_into_the_host_s_own_runs(make_grap
         assert "problem" in host.invoke(Command(resume=["no such value"]), config)["__interrupt__"][0].value
         assert host.invoke(Command(resume=["karma"]), config)["done"]
         assert check_private(read, logged)
+
+
+def test_a_review_shows_a_host_no_reason_that_a_language_model_wrote(make_graph, collector, logged):
+    parts = {"reranker": "llm", "main_llm": FakeListChatModel(responses=[JUDGED, marked("Well") + "."])}
+    graph = make_graph(**parts, review=True)
+    with own_tracer(collector) as (config, read):
+        host = host_of(graph, checkpointer=InMemorySaver())
+        config = {**config, "configurable": {"thread_id": "1"}}
+        [stop] = host.invoke({"case": 7}, config)["__interrupt__"]
+        assert "in the state" in stop.value["values"][0]["reason"]
+        assert host.invoke(Command(resume=stop.value["values"]), config)["done"]
+        assert check_private(read, logged)
+
+
+def test_a_reason_that_a_language_model_wrote_stays_in_the_state_and_is_shown_where_content_may_be_traced(make_graph):
+    parts = {"reranker": "llm", "main_llm": FakeListChatModel(responses=[JUDGED, "Well."])}
+    thread = {"configurable": {"thread_id": "1"}}
+    for content in (False, True):
+        graph = make_graph(**parts, review=True, checkpointer=InMemorySaver(), trace_content=content)
+        [stop] = graph.invoke(INPUTS["overton"], thread)["__interrupt__"]
+        assert (MARK in stop.value["values"][0]["reason"]) is content
+        assert MARK in graph.get_state(thread).values["values"][0]["reason"]
+        assert MARK in graph.invoke(Command(resume=stop.value["values"]), thread)["values"][0]["reason"]
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -630,6 +675,15 @@ def test_where_a_scrubber_fails_nothing_passes_and_the_run_goes_on(scrubbed, cap
     assert "father have" not in everything
     assert "The scrubber failed (ValueError)" in caplog.text
     assert MARK not in caplog.text
+
+
+def test_a_reason_with_a_score_before_a_phrase_of_the_taxonomy_is_shown():
+    redactor = Redactor({'like "a test"'})
+    for reason in ('like "a test"', 'entailed with probability 0.93; like "a test"', 'cross-encoder score 0.07; like "a test"'):
+        assert redactor.value({"reason": reason}) == {"reason": reason}
+        assert redactor.value({"query": reason, "text": reason})["query"] == REDACTED
+    for reason in (f"entailed with probability 0.93; {MARK}", f'{MARK} cross-encoder score 0.07; like "a test"', "cross-encoder score 0.07; "):
+        assert redactor.value({"reason": reason}) == {"reason": REDACTED}
 
 
 def test_what_is_not_known_is_left_out():

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.language_models.fake_chat_models import FakeListChatModel
+from langchain_core.tracers.context import collect_runs
 from tiny_models import byte_tokenizer
 from transformers import BertConfig, BertForSequenceClassification, BertModel, DebertaV2Config, DebertaV2ForSequenceClassification
 
@@ -312,6 +313,16 @@ def test_the_setting_reranker_names_the_model_that_judges(tmp_path, resources_wi
     starts = ("", "entailed with probability", "cross-encoder score", "who decides")
     assert all(reason.startswith(start) for reason, start in zip(reasons, starts, strict=True)), reasons
     assert all(isinstance(resources_with(reranker=reranker).selector, Selector) for reranker in found)
+
+
+@pytest.mark.parametrize("kind", ["nli", "cross-encoder"])
+def test_a_trace_shows_why_whichever_model_scored(tmp_path, resources_with, kind):
+    save_classifier(tmp_path / kind, ["entailment", "neutral"] if kind == "nli" else ["relevance"])
+    resources = resources_with(reranker=f"{kind}:{tmp_path / kind}", min_score=0)
+    with collect_runs() as found:
+        selected = select_values(QUERY, 3, resources=resources)
+    [run] = found.traced_runs
+    assert [document.metadata["reason"] for document in run.outputs["documents"]] == [s.reason for s in selected]
 
 
 def test_values_below_the_lowest_score_are_left_out_whichever_model_judges(resources_with):

@@ -36,6 +36,8 @@ def test_the_environment_is_read_as_the_setting_s_own_type(monkeypatch, tmp_path
 def test_folders_of_values_may_be_joined_as_in_path(monkeypatch):
     monkeypatch.setenv("VISPA_VALUES", os.pathsep.join(["my values", "/ours"]))
     assert Settings().values == (Path("my values"), Path("/ours"))
+    monkeypatch.setenv("VISPA_VALUES", f"/ours{os.pathsep}")
+    assert Settings().values == (Path("/ours"),)
 
 
 @pytest.mark.parametrize(

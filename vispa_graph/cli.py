@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 from importlib.util import find_spec
@@ -44,6 +43,7 @@ from vispa_graph.cli_common import (
     print_tree,
     progress,
     read_query,
+    send_traces,
     settings_of,
     settings_with_model,
     text,
@@ -252,7 +252,7 @@ def ask(
         else:
             _print_answer(output)
     finally:  # not before the answer is shown
-        _send_traces()
+        send_traces()
 
 
 @main.command("trace")
@@ -407,6 +407,8 @@ def mcp(
     """
     if not find_spec("mcp"):
         raise Refused("The MCP server needs the package mcp: pip install 'vispa_graph[mcp]'.")
+    if port is None and (sys.stdin is None or sys.stdout is None):
+        raise Refused("stdin or stdout is closed, and over stdio both are needed. Leave them open, or serve over HTTP with --http PORT.")
     from vispa_graph.mcp_server import create_server, serve_http, serve_stdio
     from vispa_graph.resources import Resources
     from vispa_graph.settings import end_tracing_with_the_process
@@ -418,7 +420,7 @@ def mcp(
 
     end_tracing_with_the_process()
     for number in (signal.SIGINT, signal.SIGTERM):  # how a server over HTTP ends
-        _leave_at_once(click.get_current_context(), number, _send_traces)
+        _leave_at_once(click.get_current_context(), number, send_traces)
     with closing(Resources(settings_with_model(model=model, method=method, layers=layers, values=values, top_k=top_k))) as resources:
         server = create_server(resources)
         try:
@@ -427,7 +429,7 @@ def mcp(
             else:
                 serve_http(server, port, secret, ready)
         finally:
-            _send_traces()
+            send_traces()
 
 
 main.add_command(values_group)
@@ -453,25 +455,6 @@ def _run(settings: Settings, given: dict[str, Any], show: Show, trace: Path | No
         finally:
             if trace and tracer and tracer.traced_runs:
                 _write(trace, TracedRun.of(tracer.traced_runs[-1]).to_json())
-
-
-def _send_traces(seconds: float = 1.0) -> None:
-    """Give the tracing that the environment asks for a moment to send what it holds; an endpoint that does not answer gets no more."""
-    from langsmith import run_trees
-
-    client = run_trees._CLIENT
-    if client is None:
-        return
-    until = time.monotonic() + seconds
-    client.flush(timeout=seconds)
-    if client.otel_exporter is not None:
-        from opentelemetry import trace
-
-        provider: Any = trace.get_tracer_provider()
-        flush = threading.Thread(target=provider.force_flush, daemon=True)
-        flush.start()
-        flush.join(max(0.0, until - time.monotonic()))
-        atexit.unregister(provider.shutdown)  # it would wait for the endpoint once more
 
 
 def _follow(graph: PluralGraph, given: dict[str, Any], config: Any, show: Show) -> Output:
@@ -580,6 +563,8 @@ def _dot(drawn: Graph) -> str:
 
 def _check_target(path: Path) -> None:
     """Refuse a file that cannot be written before any work is done for it."""
+    if path.is_dir():  # click takes a blank name for a file, and pathlib for the folder that we are in
+        raise Refused(f"{path} is a folder. Give the name of a file.")
     folder = path.resolve().parent
     if not folder.is_dir():
         raise Refused(f"{path}: there is no folder {folder}. Make it first.")

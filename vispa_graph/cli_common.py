@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,6 +89,28 @@ def read_query(text: str) -> str:
     return query
 
 
+# Traces
+
+
+def send_traces(seconds: float = 1.0) -> None:
+    """Give the tracing that the environment asks for a moment to send what it holds; an endpoint that does not answer gets no more."""
+    from langsmith import run_trees
+
+    client = run_trees._CLIENT
+    if client is None:
+        return
+    until = time.monotonic() + seconds
+    client.flush(timeout=seconds)
+    if client.otel_exporter is not None:
+        from opentelemetry import trace
+
+        provider: Any = trace.get_tracer_provider()
+        flush = threading.Thread(target=provider.force_flush, daemon=True)
+        flush.start()
+        flush.join(max(0.0, until - time.monotonic()))
+        atexit.unregister(provider.shutdown)  # it would wait for the endpoint once more
+
+
 # Values
 
 
@@ -142,7 +167,8 @@ def open_console() -> Console:
 
 
 def print_json(data: Any) -> None:
-    text = json.dumps(data, indent=2, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf"))
+    encoding = getattr(sys.stdout, "encoding", None) or ""  # None where stdout is closed
+    text = json.dumps(data, indent=2, ensure_ascii=not encoding.lower().startswith("utf"))
     click.echo(text)
 
 

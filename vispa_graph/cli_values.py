@@ -22,6 +22,7 @@ from vispa_graph.cli_common import (
     print_title,
     progress,
     read_query,
+    send_traces,
     settings_of,
     text,
     value_facts,
@@ -86,7 +87,11 @@ def values_group(
         raise click.UsageError("--top-k needs --query.")
     settings = settings_of(values=values, top_k=top_k, bioethics=bioethics or family == _BIOETHICS)
     if query is not None:
-        _show_selection(read_query(query), settings, family, as_json)
+        read = read_query(query)
+        try:
+            _show_selection(read, settings, family, as_json)
+        finally:  # not before the values are shown
+            send_traces()
     else:
         _show_taxonomy(_of_family(list(load_taxonomy(settings)), family), as_json)
 
@@ -184,7 +189,9 @@ def _of_family(values: Sequence[Value], family: str | None) -> list[Value]:
 def _show_selection(query: str, settings: Settings, family: str | None, as_json: bool) -> None:
     from vispa_graph.resources import Resources
     from vispa_graph.select import select_values
+    from vispa_graph.settings import end_tracing_with_the_process
 
+    end_tracing_with_the_process()
     with progress() as tell:
         tell("selecting values")
         resources = Resources(settings)

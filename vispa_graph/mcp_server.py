@@ -6,6 +6,7 @@ Nothing but protocol goes to stdout, and no log holds what was asked or said.
 from __future__ import annotations
 
 import hmac
+import os
 import socket
 import uuid
 from collections import OrderedDict
@@ -21,7 +22,7 @@ from mcp.types import CallToolResult, InputRequiredResult, TextContent
 from pydantic import Field, ValidationError
 
 from vispa_graph import __version__
-from vispa_graph.errors import VispaError
+from vispa_graph.errors import SettingsError, VispaError
 from vispa_graph.graph import PluralGraph, create_graph
 from vispa_graph.resources import Resources
 from vispa_graph.select import select_values
@@ -199,15 +200,23 @@ def serve_http(server: MCPServer[Any], port: int, token: str, ready: Callable[[s
         ready: Called with the server's URL once it takes connections.
 
     Raises:
-        OSError: The port is taken.
+        SettingsError: The port is taken, or kept for others.
     """
     import uvicorn
 
     app = Guarded(server.streamable_http_app(streamable_http_path=PATH, host=HOST, max_request_body_size=LARGEST_REQUEST), token)
-    with socket.create_server((HOST, port)) as listening:
+    with _listen(port) as listening:
         ready(f"http://{HOST}:{listening.getsockname()[1]}{PATH}")
         # uvicorn's own logging configuration would write to stdout.
         uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on")).run(sockets=[listening])
+
+
+def _listen(port: int) -> socket.socket:
+    try:
+        return socket.create_server((HOST, port))
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise SettingsError(f"Port {port} cannot be served on: {reason}. Choose another one, or 0 for any that is free.") from error
 
 
 class Guarded:

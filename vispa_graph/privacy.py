@@ -11,6 +11,7 @@ What passes is listed here; whatever is not listed is left out. `tests/test_priv
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
@@ -58,8 +59,11 @@ REASONS = frozenset(
         "chosen by the main language model",
         "nearest to the attribute by sentence embedding",
         "no phrase near the query points at it",
+        "not named by the language model",
     }
 )
+# What rerankers that score put before such a reason.
+_SCORED = re.compile(r"(entailed with probability|cross-encoder score) \d\.\d\d; ")
 # Texts under these keys are labels that programs write, never words of a person.
 _LABELS = frozenset(
     {
@@ -140,7 +144,8 @@ class Redactor:
         if value is None or isinstance(value, bool | int | float):
             return value
         if isinstance(value, str):
-            return value if key in _LABELS or (key in _TAXONOMY and value in self._public) else self.text(value)
+            said = _SCORED.sub("", value, count=1) if key == "reason" and _SCORED.match(value) else value
+            return value if key in _LABELS or (key in _TAXONOMY and said in self._public) else self.text(value)
         if isinstance(value, Mapping):
             return self._mapping(value, key)
         if isinstance(value, list | tuple):

@@ -14,7 +14,7 @@ def select_values(query: str, k: int = 6, *, settings: Settings | None = None, r
 
     At most k, and none that scores below the settings' `min_score`: of a plain question such as "2+2" the list is empty. With
     `diversity`, values are chosen in the order in which they add most. Only what the settings' `reranker` needs is loaded: by default the
-    sentence encoder and the index.
+    sentence encoder and the index. As private as a run of the graph, whatever traces the caller.
 
     Args:
         query: A question or a situation.
@@ -34,4 +34,10 @@ def select_values(query: str, k: int = 6, *, settings: Settings | None = None, r
         raise SelectionSizeError(f"k is {k}, but must be 1 to {len(found.taxonomy)}, the number of values in the taxonomy.")
     chosen = found.settings
     reranker = ValueReranker(index=found.index, selector=found.selector, k=k, min_score=chosen.min_score, diversity=chosen.diversity)
-    return [Selected(d.metadata["value"], d.metadata["score"], d.metadata["reason"]) for d in reranker.invoke(query)]
+    guard = found.privacy.guard()
+    with guard:
+        try:
+            documents = reranker.invoke(query, guard.config)
+        except Exception as error:
+            guard.rethrow(error)
+    return [Selected(d.metadata["value"], d.metadata["score"], d.metadata["reason"]) for d in documents]

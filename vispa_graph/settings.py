@@ -152,7 +152,7 @@ class Settings(BaseSettings):
         """The text of a variable is a JSON list, or folders joined as in PATH."""
         if not isinstance(value, str):
             return value
-        return json.loads(value) if value.startswith("[") else value.split(os.pathsep)
+        return json.loads(value) if value.startswith("[") else [folder for folder in value.split(os.pathsep) if folder]
 
     @field_validator("layers", mode="before")
     @classmethod

@@ -141,7 +141,11 @@ def read_trace(path: Path) -> TracedRun:
 
 
 def draw(run: TracedRun) -> Tree:
-    """The run as a tree to print: a line a run, with what explains it."""
+    """The run as a tree to print: a line a run, with what explains it.
+
+    Raises:
+        TraceError: A run in it tells of itself in another shape than `TracedRun.of` does.
+    """
     from rich.text import Text
     from rich.tree import Tree
 
@@ -152,9 +156,15 @@ def draw(run: TracedRun) -> Tree:
         for grandchild in child.children:
             add(line, grandchild)
 
-    tree = Tree(Text(describe(run)))
-    for child in run.children:
-        add(tree, child)
+    try:
+        tree = Tree(Text(describe(run)))
+        for child in run.children:
+            add(tree, child)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise TraceError(
+            "The trace cannot be drawn: what a run in it tells has another shape than `vispa ask --trace FILE` writes. "
+            "Trace the question again, or read the file with --json."
+        ) from None
     return tree
 
 

@@ -11,6 +11,7 @@ from langgraph.types import interrupt
 
 from vispa_graph.attributes import ATTRIBUTE
 from vispa_graph.errors import InputError
+from vispa_graph.privacy import REDACTED
 from vispa_graph.resources import Resources
 from vispa_graph.state import SelectedValue, State
 from vispa_graph.taxonomy_index import Taxonomy
@@ -19,6 +20,7 @@ from vispa_graph.taxonomy_index import Taxonomy
 HEAVIEST = 100.0
 
 _UNUSED = "The steerable mode rests on one comment and does not use weights: those of the review were left out."
+_JUDGED = "in the words of the language model that judged it, which are in the state under `values`"
 _EXPECTED = 'Resume with a list of values, each an id or name, or {"id": ..., "weight": ...}.'
 
 
@@ -26,7 +28,8 @@ def review(state: State, config: RunnableConfig, *, resources: Resources) -> dic
     """Interrupt with the selected values and their reasons; resume with the list to hear instead, in that order.
 
     What it shows holds no text of the user, since a host around the graph may trace it as it is. The question, and those that it follows,
-    are in the state, under `query` and `turns`; an attribute of the caller's own goes by a neutral name.
+    are in the state, under `query` and `turns`; an attribute of the caller's own goes by a neutral name, and reasons that a language model
+    wrote are shown only where traces may hold content.
 
     An entry of the list is an id or name, or one of the values shown, with another `weight` where it is to count more or less.
     Values left out are not heard; others of the taxonomy may be added.
@@ -35,7 +38,7 @@ def review(state: State, config: RunnableConfig, *, resources: Resources) -> dic
     would be given the same value by every later resume. The node runs again from its top each time, so nothing before the
     interrupt has an effect.
     """
-    shown: dict[str, Any] = {"values": [_nameless(value) for value in state["values"]]}
+    shown: dict[str, Any] = {"values": [_shown(value, resources) for value in state["values"]]}
     while True:
         edited = interrupt(shown)
         try:
@@ -47,8 +50,11 @@ def review(state: State, config: RunnableConfig, *, resources: Resources) -> dic
         return {"values": values, "notes": [_UNUSED] if weighted else []}
 
 
-def _nameless(value: SelectedValue) -> SelectedValue:
-    return SelectedValue(**{**value, "name": "the attribute asked for"}) if value["id"] == ATTRIBUTE else value
+def _shown(value: SelectedValue, resources: Resources) -> SelectedValue:
+    redactor = resources.privacy.redactor
+    reason = redactor.value(value["reason"], "reason") if redactor else value["reason"]
+    name = "the attribute asked for" if value["id"] == ATTRIBUTE else value["name"]
+    return SelectedValue(**{**value, "name": name, "reason": _JUDGED if reason == REDACTED else reason})
 
 
 def _edited(entries: Any, before: list[SelectedValue], taxonomy: Taxonomy) -> list[SelectedValue]:

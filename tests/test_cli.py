@@ -749,7 +749,14 @@ def test_an_interrupt_ends_with_exit_code_130_and_no_stack_trace(vispa, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("command", "said"), [("ask", "interrupted."), ("fit", "interrupted. What is fitted is kept: the same command goes on from there.")]
+    ("command", "said"),
+    [
+        ("ask", "interrupted."),
+        (
+            "fit",
+            "interrupted. Directions that are fitted are kept, and the same command goes on from them. (With the contrast opposed+others all sentences are read before the first.)",
+        ),
+    ],
 )
 def test_control_c_ends_the_process_though_a_thread_is_at_work_and_says_what_is_kept(command, said):
     code = """
@@ -835,3 +842,15 @@ def test_without_its_package_the_server_says_what_to_install(vispa, monkeypatch)
     done = vispa("mcp")
     assert done.exit_code == 2
     assert "pip install 'vispa_graph[mcp]'" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_cache_found_to_be_no_folder_in_the_midst_of_a_run_is_told_with_its_place(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VISPA_CACHE", str(tmp_path / "file" / "cache"))
+    code, out, errors = process("-m", "vispa_graph", "ask", QUERY)
+    assert (code, out) == (2, "")
+    assert str(tmp_path / "file") in errors
+    assert "Not a directory" in errors
+    assert "redacted" not in errors
+    assert "Traceback" not in errors

@@ -228,7 +228,8 @@ GREETING = (
 
 
 @pytest.mark.slow
-def test_only_protocol_goes_to_stdout_whatever_comes_in_or_is_printed():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_only_protocol_goes_to_stdout_whatever_comes_in_or_is_printed(unbuffered):
     lines = [
         b"not json",
         b"\xff\xfe",
@@ -240,7 +241,7 @@ def test_only_protocol_goes_to_stdout_whatever_comes_in_or_is_printed():
     ]
     process = subprocess.Popen(
         [sys.executable, str(TESTS / "mcp_over_stdio.py"), "mcp"],
-        env=environment(),
+        env=environment() | {"PYTHONUNBUFFERED": unbuffered},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -97,13 +97,14 @@ class Commands(click.Group):
         except OSError as error:
             if error.errno == errno.EPIPE:  # click ends quietly
                 raise
+            error = getattr(error, "original", error)  # without the words that traces must not hold
             place = f"{error.filename}: " if error.filename else ""
             raise Refused(f"{place}{error.strerror or error}. Check the path, its permissions and the space left.") from error
 
 
 def _farewell(ctx: click.Context) -> str:
     if ctx.invoked_subcommand == "fit":
-        return "vispa: interrupted. What is fitted is kept: the same command goes on from there."
+        return "vispa: interrupted. Directions that are fitted are kept, and the same command goes on from them. (With the contrast opposed+others all sentences are read before the first.)"
     return "vispa: interrupted."
 
 

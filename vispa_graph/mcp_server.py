@@ -8,6 +8,7 @@ from __future__ import annotations
 import hmac
 import os
 import socket
+import sys
 import uuid
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
@@ -188,8 +189,22 @@ def explain(state: State) -> str:
 
 
 def serve_stdio(server: MCPServer[Any]) -> None:
-    """Serve until stdin ends. While it does, whatever else prints ends up on stderr."""
-    server.run("stdio")
+    """Serve until stdin ends. Whatever else prints ends up on stderr."""
+    try:
+        server.run("stdio")
+    finally:
+        _flush_to_stderr()
+
+
+def _flush_to_stderr() -> None:
+    """What was printed while serving and is not written yet must not follow the protocol when the process ends."""
+    stdout = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        sys.stdout.flush()
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def serve_http(server: MCPServer[Any], port: int, token: str, ready: Callable[[str], None]) -> None:

@@ -48,8 +48,8 @@ def rerank(state: State, config: RunnableConfig, *, resources: Resources) -> dic
         selected = [_selected(asked, 1.0, "the attribute asked for"), *kept]
     if not selected:
         raise NoValuesError(
-            f"No value scores at least {settings.min_score:g} in this text, so none is heard: it may be a plain question. "
-            "Name values to hear, or lower min_score."
+            f"No value scores at least {settings.min_score:g} in this text, so none is heard: it may be a plain question, "
+            "or not in English, which is all that the selection reads. Name values to hear, or lower min_score."
         )
     return {"values": selected}
 

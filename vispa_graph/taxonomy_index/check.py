@@ -159,7 +159,11 @@ def _gaps(path: Path, node: yaml.Node, data: Mapping[str, Any], families: Sequen
     """An unknown family and missing forms, also of a file that cannot be read as a value yet: its author hears of all at once."""
     family, pairs = data.get("family"), data.get("pairs")
     if isinstance(family, str) and family.strip() not in families:
-        yield Problem(path, _line(node, "family"), f"unknown family {family.strip()!r}. Known: {', '.join(families)}.")
+        yield Problem(
+            path,
+            _line(node, "family"),
+            f"unknown family {family.strip()!r}. Known: {', '.join(families)}. For one of your own: --new-family {family.strip()}.",
+        )
     forms = next((child for key, child in node.value if key.value == "pairs"), node)
     for form in FORMS:
         if not isinstance(pairs, dict) or not pairs.get(form):

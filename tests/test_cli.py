@@ -752,10 +752,7 @@ def test_an_interrupt_ends_with_exit_code_130_and_no_stack_trace(vispa, monkeypa
     ("command", "said"),
     [
         ("ask", "interrupted."),
-        (
-            "fit",
-            "interrupted. Directions that are fitted are kept, and the same command goes on from them. (With the contrast opposed+others all sentences are read before the first.)",
-        ),
+        ("fit", "interrupted. What is fitted is kept, and the same command goes on from there."),
     ],
 )
 def test_control_c_ends_the_process_though_a_thread_is_at_work_and_says_what_is_kept(command, said):

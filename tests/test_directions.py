@@ -397,10 +397,10 @@ def test_saga_at_its_own_tolerance_stops_short_of_the_optimum():
 # With a store
 
 
-def stored(folder, engine, names=NAMES, layers=LAYERS, **options):
+def stored(folder, engine, names=NAMES, layers=LAYERS, progress=None, **options):
     chosen = FitSettings("mean_difference", layers, **options)
     store = DirectionStore(folder, manifest_key(engine, chosen), model_name="planted")
-    return fit_directions(engine, Taxonomy([value_of(name) for name in names]), chosen, store=store)
+    return fit_directions(engine, Taxonomy([value_of(name) for name in names]), chosen, progress, store=store)
 
 
 def test_what_is_in_the_store_is_neither_read_nor_fitted_again(tmp_path):
@@ -427,6 +427,71 @@ def test_where_other_values_are_the_negatives_a_value_more_changes_them_all(tmp_
         PlantedEngine(NAMES), Taxonomy([value_of(name) for name in NAMES]), FitSettings("mean_difference", LAYERS, "opposed+others")
     )
     assert all(np.array_equal(again[name].vectors, fresh[name].vectors) for name in NAMES)
+
+
+class BreaksAt(PlantedEngine):
+    """Fails at the first batch with a sentence that begins so."""
+
+    def __init__(self, names, beginning):
+        super().__init__(names)
+        self.beginning = beginning
+
+    def read(self, conversations, progress=None):
+        if any(text.startswith(self.beginning) for text in conversations):
+            raise NonFiniteError("The activations are not finite.")
+        return super().read(conversations, progress)
+
+
+@pytest.mark.parametrize("beginning", ["value17 +", "value0 -", "value9 -"])
+def test_where_other_values_are_the_negatives_a_fit_that_breaks_off_reads_nothing_twice(beginning, tmp_path):
+    names = tuple(f"value{number}" for number in range(20))
+    broken, again = BreaksAt(names, beginning), PlantedEngine(names)
+    with pytest.raises(NonFiniteError):
+        stored(tmp_path, broken, names, contrast="opposed+others")
+    steps = []
+    fitted = stored(tmp_path, again, names, contrast="opposed+others", progress=lambda done, total: steps.append((done, total)))
+    texts = sentences([value_of(name) for name in names])
+    assert broken.read_texts
+    assert sorted(broken.read_texts + again.read_texts) == sorted(texts)
+    assert steps[-1][0] == steps[-1][1]
+    fresh = stored(tmp_path / "other", PlantedEngine(names), names, contrast="opposed+others")
+    assert all(np.array_equal(fitted[name].vectors, fresh[name].vectors) for name in names)
+
+
+def test_the_states_that_a_fit_keeps_are_gone_when_it_is_done(tmp_path):
+    with pytest.raises(NonFiniteError):
+        stored(tmp_path, BreaksAt(NAMES, "duty -"), contrast="opposed+others")
+    assert len(list((tmp_path / "reading").iterdir())) == len(NAMES)
+    stored(tmp_path, PlantedEngine(NAMES), contrast="opposed+others")
+    assert not (tmp_path / "reading").exists()
+    assert len(list(tmp_path.glob("*.safetensors"))) == len(NAMES)
+
+
+@pytest.mark.parametrize("damage", [b"", b"no tensors", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_kept_states_that_are_damaged_are_read_again(damage, tmp_path):
+    with pytest.raises(NonFiniteError):
+        stored(tmp_path, BreaksAt(NAMES, "duty -"), contrast="opposed+others")
+    next((tmp_path / "reading").iterdir()).write_bytes(damage)
+    engine = PlantedEngine(NAMES)
+    again = stored(tmp_path, engine, contrast="opposed+others")
+    assert len([text for text in engine.read_texts if " + " in text]) == 20
+    fresh = stored(tmp_path / "other", PlantedEngine(NAMES), contrast="opposed+others")
+    assert all(np.array_equal(again[name].vectors, fresh[name].vectors) for name in NAMES)
+
+
+def test_a_value_of_ones_own_is_set_against_those_that_are_shipped_and_changes_none_of_them(tmp_path, taxonomy):
+    shipped = list(taxonomy)[:3]
+    chosen = FitSettings("mean_difference", LAYERS, "opposed+others")
+    store = DirectionStore(tmp_path, manifest_key(FakeEngine(), chosen), model_name="fake")
+    before = fit_directions(FakeEngine(), shipped, chosen, store=store)
+    own, engine, read = [value_of("frugality"), value_of("thrift")], FakeEngine(), []
+    states = engine.read
+    engine.read = lambda texts, progress=None: read.extend(texts) or states(texts, progress)
+    after = fit_directions(engine, [*shipped, *own], chosen, store=store)
+    assert sorted(read) == sorted([*sentences(own), *(pair.positive for value in shipped for pair in value.all_pairs)])
+    assert all(np.array_equal(before[value.id].vectors, after[value.id].vectors) for value in shipped)
+    alone = fit_directions(FakeEngine(), own, chosen)
+    assert not np.allclose(alone["thrift"].vectors, after["thrift"].vectors)
 
 
 def test_blocks_that_are_missing_are_added_to_those_that_are_there(tmp_path):

@@ -700,6 +700,21 @@ def test_a_batch_for_which_memory_runs_out_is_halved_until_it_fits_and_says_so(f
     assert PROMPTS[0] not in caplog.text
 
 
+def test_scores_for_which_memory_runs_out_tell_how_often_their_batch_was_halved(opened):
+    model = tiny_model()
+    engine = opened(model)
+    requests = [ScoreRequest(user(text), ("A", "B")) for text in PROMPTS]
+    expected = [engine.score(request).result() for request in requests]
+    with failing_forward(model, lambda rows, step: torch.OutOfMemoryError("CUDA") if rows > 1 else None):
+        with worker_held(engine):
+            futures = [engine.score(request) for request in requests]
+        scores = [future.result(60) for future in futures]
+    assert [s.halved for s in expected] == [0] * len(PROMPTS)
+    assert min(s.halved for s in scores) >= 1
+    for score, alone in zip(scores, expected, strict=True):
+        assert score.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["generate", "score"])
 def test_a_request_that_does_not_fit_into_memory_by_itself_fails_alone(kind, opened):
     model = tiny_model()

@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from langchain_core.language_models import FakeListChatModel
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+from langgraph.checkpoint.sqlite import SqliteSaver
+from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+from langgraph.graph import START, StateGraph
 from langgraph.types import Command
 
 from vispa_graph.conversation import LONGEST, RECALLED, as_read, reading_notes, recall
 from vispa_graph.engine.fake import FakeEngine
-from vispa_graph.errors import EngineClosedError, NonFiniteError, ResumeError
+from vispa_graph.errors import EngineClosedError, NonFiniteError, ResumeError, ThreadError
 from vispa_graph.graph import create_graph
 from vispa_graph.provenance import NOT_DECISIVE
 from vispa_graph.resources import Profile
@@ -307,3 +310,83 @@ def test_a_closed_graph_loads_no_model_again(encoder, taxonomy):
     graph.close()
     with pytest.raises(EngineClosedError, match="Create a new graph"):
         graph.invoke({"query": FIRST, "values": TWO})
+
+
+# What a run needs to be kept
+
+
+def awaited(graph, *given):
+    return asyncio.run(graph.ainvoke(*given))
+
+
+@both_ways
+@pytest.mark.parametrize("config", [None, {}, {"configurable": {}}, {"configurable": {"user": "me"}}])
+@pytest.mark.parametrize("content", [False, True])
+def test_with_a_checkpointer_a_run_without_a_thread_is_refused_before_it_begins(run, config, content, make_resources):
+    graph = create_graph(resources=make_resources(trace_content=content), checkpointer=InMemorySaver())
+    with pytest.raises(ThreadError, match="thread_id"):
+        run(graph, {"query": FIRST}, config)
+
+
+@both_ways
+@pytest.mark.parametrize("given", [None, Command(resume=TWO)])
+def test_without_a_checkpointer_there_is_nothing_to_go_on_with(run, given, make_resources):
+    with pytest.raises(ThreadError, match="no checkpointer"):
+        run(create_graph(resources=make_resources()), given, THREAD)
+
+
+@both_ways
+@pytest.mark.parametrize("content", [False, True])
+def test_a_thread_that_holds_no_stopped_run_says_so(run, content, make_resources):
+    graph = create_graph(resources=make_resources(trace_content=content), checkpointer=InMemorySaver())
+    with pytest.raises(ThreadError, match="nothing to go on with"):
+        run(graph, None, THREAD)
+
+
+@both_ways
+def test_a_command_to_go_on_that_holds_nothing_says_so(run, make_resources):
+    with pytest.raises(ThreadError, match="command to go on is empty"):
+        run(create_graph(resources=make_resources(), checkpointer=InMemorySaver()), Command(resume=None), THREAD)
+
+
+@both_ways
+def test_a_graph_that_stops_for_review_needs_a_checkpointer(run, make_resources):
+    with pytest.raises(ThreadError, match="stops for review"):
+        run(create_graph(resources=make_resources(), review=True), {"query": FIRST})
+
+
+def test_a_saver_that_cannot_be_awaited_is_named_with_what_to_do(tmp_path, make_resources):
+    with SqliteSaver.from_conn_string(str(tmp_path / "runs.db")) as saver:
+        graph = create_graph(resources=make_resources(), checkpointer=saver)
+        with pytest.raises(ThreadError, match=r"SqliteSaver cannot be awaited. Use invoke"):
+            awaited(graph, {"query": FIRST}, THREAD)
+
+
+def test_a_saver_that_must_be_awaited_is_named_with_what_to_do(tmp_path, make_resources):
+    async def call():
+        async with AsyncSqliteSaver.from_conn_string(str(tmp_path / "runs.db")) as saver:
+            graph = create_graph(resources=make_resources(), checkpointer=saver)
+            with pytest.raises(ThreadError, match=r"AsyncSqliteSaver cannot be called without await. Use ainvoke"):
+                graph.invoke({"query": FIRST}, THREAD)
+
+    asyncio.run(call())
+
+
+def test_what_a_node_does_not_implement_stays_its_own_error(make_resources):
+    class Bare(FakeListChatModel):
+        def _call(self, *_, **__):
+            raise NotImplementedError("the models own")
+
+    graph = create_graph(resources=make_resources(main_llm=Bare(responses=["x"])), checkpointer=InMemorySaver())
+    with pytest.raises(NotImplementedError):
+        graph.invoke({"query": FIRST}, THREAD)
+
+
+def test_inside_another_graph_thread_and_checkpointer_are_that_graphs(make_resources):
+    inner = create_graph(resources=make_resources(), review=True)
+    host = StateGraph(dict)
+    host.add_node("ask", lambda _: inner.invoke({"query": FIRST}))
+    host.add_edge(START, "ask")
+    compiled = host.compile(checkpointer=InMemorySaver())
+    assert compiled.invoke({"n": 1}, THREAD)["__interrupt__"]
+    assert compiled.invoke(Command(resume=TWO), THREAD)["response"]

@@ -104,7 +104,7 @@ class Commands(click.Group):
 
 def _farewell(ctx: click.Context) -> str:
     if ctx.invoked_subcommand == "fit":
-        return "vispa: interrupted. Directions that are fitted are kept, and the same command goes on from them. (With the contrast opposed+others all sentences are read before the first.)"
+        return "vispa: interrupted. What is fitted is kept, and the same command goes on from there."
     return "vispa: interrupted."
 
 

@@ -9,6 +9,7 @@ VispaError
 |   +-- UnknownValueError
 |   +-- SelectionSizeError      k outside 1..size of the taxonomy
 |   +-- NoValuesError           no value is at stake enough to be heard
+|   +-- ThreadError             a run that cannot be kept, or gone on with, as it was asked
 +-- SettingsError               a setting is unknown, malformed or out of range
 +-- PromptError                 a prompt file is missing or lacks a placeholder
 +-- TaxonomyError               a taxonomy file cannot be used; names file and line
@@ -72,6 +73,10 @@ class SelectionSizeError(InputError):
 
 class NoValuesError(InputError):
     """No value of the taxonomy is at stake enough to be heard."""
+
+
+class ThreadError(InputError):
+    """The run cannot be kept, or gone on with: no checkpointer, no thread, or nothing in it."""
 
 
 class SettingsError(VispaError):

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import merge_configs
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command, Send
@@ -26,6 +27,7 @@ from vispa_graph.resources import Resources
 from vispa_graph.settings import Settings
 from vispa_graph.state import MODES, Door, Input, Mode, Output, State, SteerTask, check_input
 from vispa_graph.taxonomy_index import Encoder, Taxonomy
+from vispa_graph.threads import check_thread, told_plainly
 from vispa_graph.tracing import Untraced
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ def create_graph(
         settings: None for the defaults: the embedded models, no network.
         main_llm: Any LangChain chat model to aggregate with; None for the local model, unsteered.
         checkpointer: Where runs and conversations are kept; needed to resume, and for review.
-        review: Whether to stop before steering for a person to edit the values.
+        review: Whether to stop before steering for a person to edit the values; needs a checkpointer, or a graph around this one that has one.
         engine, encoder, taxonomy: Parts to use instead of those the settings name.
         scrubber: Takes identifiers out of the texts that traces hold where `Settings(trace_content=True)` lets them.
         resources: All parts at once, to share them between graphs; excludes the others.
@@ -151,17 +153,26 @@ class PluralGraph(CompiledStateGraph[State, None, Input, Output]):
 
     def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
         """As in LangGraph, with the input checked first, and private."""
-        checked = _checked(input)
+        checked = self._checked(input, config)
         graph, guard = self._guarded(checked, config, is_async=False)
-        yield from guard.each(super(PluralGraph, graph).stream(checked, guard.config, **self._durable(kwargs)))
+        with told_plainly(self.checkpointer, is_async=False):
+            yield from guard.each(super(PluralGraph, graph).stream(checked, guard.config, **self._durable(kwargs)))
 
     async def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
         """As in LangGraph, with the input checked first, and private."""
-        checked = _checked(input)
+        checked = self._checked(input, config)
         graph, guard = self._guarded(checked, config, is_async=True)
-        async with aclosing(guard.aeach(super(PluralGraph, graph).astream(checked, guard.config, **self._durable(kwargs)))) as parts:
-            async for part in parts:
-                yield part
+        with told_plainly(self.checkpointer, is_async=True):
+            async with aclosing(guard.aeach(super(PluralGraph, graph).astream(checked, guard.config, **self._durable(kwargs)))) as parts:
+                async for part in parts:
+                    yield part
+
+    def _checked(self, data: Any, config: RunnableConfig | None) -> Any:
+        """The checked input; None and commands, which resume a run, pass where there is one to resume."""
+        resumes = data is None or isinstance(data, Command)
+        checked = data if resumes else check_input(data)
+        check_thread(data, self.checkpointer, merge_configs(self.config, config), reviews="review" in self.nodes)
+        return checked
 
     def _guarded(self, checked: Any, config: RunnableConfig | None, *, is_async: bool) -> tuple[PluralGraph, Guard]:
         """The graph without callbacks of its own, and what keeps texts from them and from all others; tags say mode and method."""
@@ -183,8 +194,3 @@ class PluralGraph(CompiledStateGraph[State, None, Input, Output]):
     def close(self) -> None:
         """Let go of the models. Idempotent."""
         self.resources.close()
-
-
-def _checked(data: Any) -> Any:
-    """The checked input; None and commands, which resume a run, pass."""
-    return data if data is None or isinstance(data, Command) else check_input(data)

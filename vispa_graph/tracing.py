@@ -66,7 +66,7 @@ def score_traced(engine: Engine, requests: Sequence[ScoreRequest], values: Seque
             run.on_llm_error(error)
             failure = failure or error
             continue
-        facts = {"probabilities": list(score.probabilities), "mass": score.mass, "cut_tokens": score.cut_tokens}
+        facts = {"probabilities": list(score.probabilities), "mass": score.mass, "cut_tokens": score.cut_tokens, "batch_halved": score.halved}
         best = max(zip(score.probabilities, request.letters, strict=True))[1]
         usage = UsageMetadata(input_tokens=score.prompt_tokens, output_tokens=0, total_tokens=score.prompt_tokens)
         message = AIMessage(best, response_metadata=facts, usage_metadata=usage)

@@ -213,7 +213,7 @@ class Scores:
         cut_tokens: As in `Generation`.
         logits: [vocabulary], of the next token, where they were asked for.
         spellings: For each letter the ids of all tokens that read as it, where the logits were asked for.
-        prompt_tokens: As in `Generation`.
+        prompt_tokens, halved: As in `Generation`.
     """
 
     probabilities: tuple[float, ...]
@@ -222,6 +222,7 @@ class Scores:
     logits: Floats | None = None
     spellings: tuple[tuple[int, ...], ...] = ()
     prompt_tokens: int = 0
+    halved: int = 0
 
 
 @runtime_checkable

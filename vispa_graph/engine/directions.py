@@ -13,7 +13,7 @@ from vispa_graph.engine.contract import Contrast, Direction, Engine, Floats, Met
 from vispa_graph.engine.dictionary import RECIPE, SparseDictionary
 from vispa_graph.engine.methods import Array, fitter
 from vispa_graph.engine.pairs import Mask, Prompt, Twins, digest, make_twins
-from vispa_graph.engine.store import DirectionStore
+from vispa_graph.engine.store import DirectionStore, StateStore
 from vispa_graph.taxonomy_index.taxonomy import Value
 
 T = TypeVar("T")
@@ -37,7 +37,8 @@ class FitSettings:
         method: probe, mean_difference, pca or sae.
         layers: Zero-based blocks, ascending.
         contrast: `opposed` sets the positive twins against the negative ones, as the paper does; `opposed+others` adds the positive
-            twins of all other values to the negatives, each class weighing the same. `pca` always uses the opposed twins.
+            twins of all other values to the negatives, each class weighing the same; of a value that comes with vispa_graph those of the
+            others that do, so that a value of one's own changes no other. `pca` always uses the opposed twins.
         reading: `raw` reads the bare sentence at its last token, as the paper does; `chat` puts it, with three others of its side,
             before a situation in a user's turn and reads at the assistant's header.
         regularisation: C of the logistic regression, on raw features; 1 is scikit-learn's default and the paper's.
@@ -77,7 +78,8 @@ def fit_directions(
     Args:
         progress: Called with (done, total) steps; not at all where nothing is left to fit.
         dictionary: Needed by the method `sae`.
-        store: Holds what is fitted already, and gets each value as soon as it is fitted: a fit that broke off goes on where it was.
+        store: Holds what is fitted already, and gets each value as soon as it is fitted: a fit that broke off goes on where it was. What
+            several values need is kept beside it while the fit runs.
 
     Returns:
         A direction for each value id, in the order of the values.
@@ -85,10 +87,13 @@ def fit_directions(
     tasks = _tasks(list(values), settings, store)
     todo = [task for task in tasks if task.layers]
     fitted: dict[str, Direction] = {}
-    for task, direction in _fit(engine, todo, {task.value.id: task.twins for task in tasks}, settings, progress, dictionary):
+    states = None if store is None else StateStore(store.folder)
+    for task, direction in _fit(engine, todo, {task.value.id: task.twins for task in tasks}, settings, progress, dictionary, states):
         if store is not None:
             store.add(direction, task.source)
         fitted[task.value.id] = direction
+    if states is not None and todo:
+        states.remove()
     if store is not None:
         fitted = {task.value.id: store.load(task.value.id, task.source, settings.method, settings.layers) for task in tasks}
     return {task.value.id: replace(fitted[task.value.id], alpha=_alpha(task.value, settings.method)) for task in tasks}
@@ -191,7 +196,8 @@ def _tasks(values: Sequence[Value], settings: FitSettings, store: DirectionStore
     twins = {value.id: make_twins(value.all_pairs, settings.reading) for value in values}
     tasks = []
     for value in values:
-        others = () if settings.contrast == "opposed" or settings.method == "pca" else tuple(v.id for v in values if v.id != value.id)
+        opposed = settings.contrast == "opposed" or settings.method == "pca"
+        others = () if opposed else tuple(v.id for v in values if v.id != value.id and (v.shipped or not value.shipped))
         source = digest(twins[value.id], [twins[other] for other in others])
         there = store.layers(value.id, source) if store is not None else frozenset()
         tasks.append(_Task(value, twins[value.id], others, source, tuple(layer for layer in settings.layers if layer not in there)))
@@ -205,6 +211,7 @@ def _fit(
     settings: FitSettings,
     progress: Callable[[int, int], None] | None,
     dictionary: SparseDictionary | None,
+    states: StateStore | None,
 ) -> Iterable[tuple[_Task, Direction]]:
     """Each task with its direction at the blocks it lacks, as soon as it is there."""
     needed = dict.fromkeys(other for task in tasks for other in task.others)
@@ -219,7 +226,7 @@ def _fit(
 
     positives: dict[str, Floats] = {}
     for some in _chunks(list(needed)):
-        positives |= _read_sides(engine, {other: twins[other].positives for other in some}, settings.layers, advance)
+        positives |= _read_kept(engine, {other: twins[other].positives for other in some}, settings.layers, advance, states)
     for chunk in _chunks(tasks):
         new = {task.value.id: task.twins.positives for task in chunk if task.value.id not in positives}
         sides = _read_sides(engine, new | {f"-{task.value.id}": task.twins.negatives for task in chunk}, settings.layers, advance)
@@ -245,6 +252,28 @@ def _fit(
 
 def _chunks(items: Sequence[T]) -> list[Sequence[T]]:
     return [items[start : start + _TOGETHER] for start in range(0, len(items), _TOGETHER)]
+
+
+def _read_kept(
+    engine: Engine | ReadOnce,
+    sides: Mapping[str, Sequence[Prompt]],
+    layers: Sequence[int],
+    advance: Callable[[int], None],
+    kept: StateStore | None,
+) -> dict[str, Floats]:
+    """As `_read_sides`, from where a fit that broke off has kept what it read; what is read now is kept there."""
+    if kept is None:
+        return _read_sides(engine, sides, layers, advance)
+    found = {name: states for name, prompts in sides.items() if (states := kept.load(prompts, layers)) is not None}
+    if found:
+        advance(sum(map(len, found.values())))
+    missing = {name: prompts for name, prompts in sides.items() if name not in found}
+    if missing:
+        new = _read_sides(engine, missing, layers, advance)
+        for name, states in new.items():
+            kept.keep(missing[name], layers, states)
+        found |= new
+    return found
 
 
 def _read_sides(

@@ -506,7 +506,7 @@ class HuggingFaceEngine:
                     NonFiniteError("The model gives none of the option letters any probability. Ask it with fewer options or choose another model.")
                 )
                 continue
-            scores = Scores(tuple(float(p) for p in letters / mass), mass, job.payload.cut, prompt_tokens=len(job.payload.tokens))
+            scores = Scores(tuple(float(p) for p in letters / mass), mass, job.payload.cut, prompt_tokens=len(job.payload.tokens), halved=job.halved)
             if request.full:
                 scores = replace(scores, logits=logits[row].numpy().copy(), spellings=tuple(map(tuple, spellings)))
             job.finish(scores)

@@ -1,13 +1,15 @@
 """Fitted directions on disk: safetensors files that are never changed, beside a manifest that says what they belong to.
 
 A file holds some values at some blocks and is named by the digest of its content. Adding a value, or a block, adds a file. So any
-number of processes can fit and read at once without a lock, and a fit that broke off keeps the values that were finished.
+number of processes can fit and read at once without a lock, and a fit that broke off keeps the values that were finished. While a fit
+sets values against each other, the states it has read lie in a folder beside them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +23,11 @@ from vispa_graph.storage import write_atomic
 
 if TYPE_CHECKING:
     from vispa_graph.engine.directions import FitSettings
+    from vispa_graph.engine.pairs import Prompt
 
 _FORMAT = 2
 _MANIFEST, _SUFFIX, _ENTRIES = "manifest.json", ".safetensors", "directions"
+_READING = "reading"
 
 
 def manifest_key(engine: Engine, settings: FitSettings, *, revision: str | None = None, dictionary: str | None = None) -> dict[str, Any]:
@@ -197,6 +201,43 @@ class DirectionStore:
         if places == list(range(places[0], places[0] + len(places))):
             return {name: array[places[0] : places[0] + len(places)] for name, array in arrays.items()}
         return {name: array[places] for name, array in arrays.items()}
+
+
+class StateStore:
+    """States read for a fit that is under way, so that one that broke off does not read them again. Removed when the fit is done.
+
+    Its files may be gone at any time: another process that finishes the same fit removes them.
+
+    Args:
+        folder: Of the directions that are fitted.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / _READING
+
+    def load(self, prompts: Sequence[Prompt], layers: Sequence[int]) -> Floats | None:
+        """The states [prompts, L, d]; None where they are not there whole."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            states = load(self._file(prompts, layers).read_bytes())[_READING]
+        except (OSError, KeyError, ValueError, SafetensorError):
+            return None
+        return states if states.ndim == 3 and states.shape[:2] == (len(prompts), len(layers)) else None
+
+    def keep(self, prompts: Sequence[Prompt], layers: Sequence[int], states: Floats) -> None:
+        """Write states [prompts, L, d]."""
+        from safetensors.numpy import save
+
+        write_atomic(self._file(prompts, layers), save({_READING: np.ascontiguousarray(states)}))
+
+    def remove(self) -> None:
+        """Remove all of it."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _file(self, prompts: Sequence[Prompt], layers: Sequence[int]) -> Path:
+        return self._folder / f"{_digest(json.dumps([prompts, list(layers)]).encode())}{_SUFFIX}"
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

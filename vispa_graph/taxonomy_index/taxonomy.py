@@ -69,6 +69,11 @@ class Value:
     file: Path | None = field(default=None, compare=False)
 
     @property
+    def shipped(self) -> bool:
+        """Whether it comes with vispa_graph."""
+        return self.file is not None and self.file.parent in (SHIPPED, BIOETHICS)
+
+    @property
     def all_pairs(self) -> tuple[Pair, ...]:
         """The pairs of all forms, in the order of `FORMS`."""
         return tuple(pair for form in FORMS for pair in self.pairs.get(form, ()))

@@ -1,0 +1,82 @@
+"""Whether a run can be kept and gone on with, told before it begins. LangGraph's own words for it would be hidden like any other error's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import ensure_config
+from langgraph.errors import EmptyInputError
+from langgraph.types import Checkpointer, Command
+
+from vispa_graph.errors import ThreadError
+
+# Keys that LangGraph gives the runs inside a run.
+_INSIDE = "__pregel_"
+
+
+def check_thread(data: Any, saver: Checkpointer, config: RunnableConfig | None, *, reviews: bool) -> None:
+    """Refuse a run that could not be kept, or gone on with, for want of a checkpointer or a thread. Inside another graph both are that graph's.
+
+    Args:
+        data: The input; None and commands go on with a run.
+        reviews: Whether the graph stops for a person.
+
+    Raises:
+        ThreadError: Says what is missing.
+    """
+    if isinstance(data, Command) and data.resume is None and not data.update and not data.goto:
+        raise ThreadError("The command to go on is empty. Give the list of values to hear: Command(resume=[...]).")
+    chosen = ensure_config(config)["configurable"]
+    if any(key.startswith(_INSIDE) for key in chosen):
+        return
+    if not saver and (data is None or isinstance(data, Command)):
+        raise ThreadError(
+            "This graph has no checkpointer, so there is no run to go on with. "
+            "Give create_graph(checkpointer=...) the one that kept the run, or ask a question."
+        )
+    if not saver and reviews:
+        raise ThreadError(
+            "This graph stops for review, and without a checkpointer nothing could go on from there. Give create_graph a checkpointer too, "
+            "such as langgraph.checkpoint.memory.InMemorySaver()."
+        )
+    if saver and "thread_id" not in chosen:
+        raise ThreadError(
+            'This graph has a checkpointer, so its runs need a thread to be kept in. Give it beside the input: {"configurable": {"thread_id": "1"}}.'
+        )
+
+
+@contextmanager
+def told_plainly(saver: Checkpointer, *, is_async: bool) -> Iterator[None]:
+    """Context in which LangGraph's refusals to go on with a run, or to use a checkpointer in this way, become errors of ours.
+
+    Raises:
+        ThreadError: In their place.
+    """
+    try:
+        yield
+    except Exception as error:
+        found = getattr(error, "original", error)
+        if isinstance(found, EmptyInputError):
+            raise ThreadError(
+                "There is nothing to go on with: the thread holds no run that stopped, or nothing was given to resume it with. "
+                "Check the thread_id, or ask a question."
+            ) from error
+        if isinstance(found, NotImplementedError | asyncio.InvalidStateError) and _raised_in(found) == type(saver).__module__:
+            ways = ("awaited", "invoke and stream", "an async one") if is_async else ("called without await", "ainvoke and astream", "a sync one")
+            raise ThreadError(
+                f"The checkpointer {type(saver).__name__} cannot be {ways[0]}. Use {ways[1]}, or give create_graph {ways[2]} "
+                "(SqliteSaver and AsyncSqliteSaver are such a pair)."
+            ) from error
+        raise
+
+
+def _raised_in(error: BaseException) -> str:
+    """The module whose code raised an error."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return str(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""

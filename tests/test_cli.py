@@ -719,6 +719,21 @@ def test_a_variable_that_makes_no_sense_is_refused_by_name(vispa, name, text):
     assert refused(vispa("values", env={name: text}), "vispa: ", name, name.removeprefix("VISPA_").lower())
 
 
+@pytest.mark.parametrize("command", [["ask", QUERY], ["values", "--query", QUERY]])
+def test_a_top_k_beyond_the_taxonomy_is_laid_to_the_environment_only_where_it_came_from_there(vispa, command):
+    assert refused(vispa(*command, env={"VISPA_TOP_K": "99"}), "vispa: top_k (from VISPA_TOP_K) is 99", "1 to 31")
+    assert refused(vispa(*command, "--top-k", "99"), "vispa: top_k is 99", "1 to 31")
+
+
+@pytest.mark.parametrize("command", [["values", "power"], ["ask", QUERY, "--value", "power"], ["check", "--values", "/no/such/folder"]])
+def test_a_variable_whose_name_is_nearly_ours_is_told_in_one_line_and_is_no_error(vispa, command):
+    known = {"VISPA_MCP_TOKEN": "secret", "VISPA_CACHE": os.environ["VISPA_CACHE"], "VISPA_XQZ": "1"}
+    before, after = (vispa(*command, env=known | more) for more in ({}, {"VISPA_TOPK": "3"}))
+    assert (after.exit_code, after.stdout) == (before.exit_code, before.stdout)
+    line = "vispa: warning: the variable VISPA_TOPK is not known and does nothing. Did you mean VISPA_TOP_K?\n"
+    assert after.stderr == line + before.stderr
+
+
 def test_a_cache_that_cannot_be_written_is_refused_with_its_path(vispa, tmp_path):
     (tmp_path / "file").write_text("")
     result = vispa("ask", QUERY, "--value", "power", env={"VISPA_CACHE": str(tmp_path / "file")})

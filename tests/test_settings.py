@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from vispa_graph.errors import SettingsError
-from vispa_graph.settings import Settings
+from vispa_graph.settings import Settings, misspelt_variables
 
 
 def test_an_explicit_setting_beats_the_environment_which_beats_the_default(monkeypatch):
@@ -137,6 +137,28 @@ def test_a_bad_setting_is_laid_to_the_environment_only_where_it_came_from_there(
     monkeypatch.setenv("VISPA_LAYERS", "ten")
     with pytest.raises(SettingsError, match=r"layers \(from VISPA_LAYERS\): layers are numbers"):
         Settings(strength=1)
+
+
+def test_a_variable_whose_name_is_nearly_ours_is_found_with_the_nearest_and_others_are_left_alone(monkeypatch):
+    named = {"TOPK": "TOP_K", "LAYER": "LAYERS", "model_name": "MODEL", "MCPTOKEN": "MCP_TOKEN"}
+    for name in (*named, "MCP_TOKEN", "TOP_K", "device", "XQZ"):
+        monkeypatch.setenv(f"VISPA_{name}", "1")
+    monkeypatch.setenv("VISPA_STRENGHT", "")
+    monkeypatch.setenv("TOPK", "1")
+    assert misspelt_variables() == {f"VISPA_{name}": f"VISPA_{known}" for name, known in named.items()}
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_no_setting_s_own_variable_counts_as_misspelt(monkeypatch, name):
+    monkeypatch.setenv(f"VISPA_{name.upper()}", "x")
+    assert misspelt_variables() == {}
+
+
+def test_a_library_is_silent_about_variables_that_are_not_its_own(monkeypatch, capfd, caplog):
+    monkeypatch.setenv("VISPA_TOPK", "3")
+    assert Settings().top_k == 6
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
 
 
 def test_all_problems_are_reported_at_once():

@@ -60,7 +60,19 @@ def settings_of(**given: Any) -> Settings:
     """Settings of the options and flags that were given: the others must not hide VISPA_* variables."""
     from vispa_graph.settings import Settings
 
+    _tell_misspelt()
     return Settings(**{name: value for name, value in given.items() if value is not None and value is not False and value != ()})
+
+
+def _tell_misspelt() -> None:
+    """Say once a command which variables of the environment are nearly ours: they are no errors, for programs share prefixes."""
+    from vispa_graph.settings import misspelt_variables
+
+    told = click.get_current_context().meta.setdefault(f"{__name__}.misspelt", set())
+    for variable, nearest in misspelt_variables().items():
+        if variable not in told:
+            told.add(variable)
+            click.echo(f"vispa: warning: the variable {variable} is not known and does nothing. Did you mean {nearest}?", err=True)
 
 
 def settings_with_model(**given: Any) -> Settings:

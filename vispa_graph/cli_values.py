@@ -131,9 +131,10 @@ def check(before: tuple[tuple[Path, ...], bool, bool], folder: Path, new_family:
     from vispa_graph.resources import Resources
     from vispa_graph.taxonomy_index.check import check_folder
 
+    settings = settings_of(top_k=1)
     with progress() as tell:
         tell("checking")
-        problems = check_folder(folder, Resources(settings_of(top_k=1)).encoder, families=new_family)
+        problems = check_folder(folder, Resources(settings).encoder, families=new_family)
     if as_json or before[1]:
         print_json([{"file": str(p.file), "line": p.line, "message": p.message} for p in problems])
         click.get_current_context().exit(2 if problems else 0)
@@ -195,6 +196,7 @@ def _show_selection(query: str, settings: Settings, family: str | None, as_json:
     with progress() as tell:
         tell("selecting values")
         resources = Resources(settings)
+        resources.check_top_k()
         allowed = {value.id for value in _of_family(list(resources.taxonomy), family)}
         selected = select_values(query, settings.top_k if family is None else len(resources.taxonomy), resources=resources)
     chosen = [s for s in selected if s.value in allowed][: settings.top_k]

@@ -17,7 +17,7 @@ from langgraph.types import Command, Send
 from vispa_graph.attributes import ATTRIBUTE, read_attribute
 from vispa_graph.conversation import in_context
 from vispa_graph.engine.contract import Engine
-from vispa_graph.errors import SelectionSizeError, SettingsError
+from vispa_graph.errors import SettingsError
 from vispa_graph.nodes import asteer, distributional, overton, rerank, retrieve, steer, steerable
 from vispa_graph.nodes import review as review_node
 from vispa_graph.privacy import Guard, Scrubber
@@ -72,9 +72,7 @@ def create_graph(
         raise SettingsError("create_graph was given resources and, beside them, a part that resources hold. Give either the resources or the parts.")
     if resources is None:
         resources = Resources(settings or Settings(), engine=engine, encoder=encoder, taxonomy=taxonomy, main_llm=main_llm, scrubber=scrubber)
-    k, size = resources.settings.top_k, len(resources.taxonomy)
-    if k > size:
-        raise SelectionSizeError(f"top_k is {k}, but the taxonomy holds {size} values. Choose 1 to {size}.")
+    resources.check_top_k()
     builder = StateGraph(State, input_schema=Door, output_schema=Output)
     builder.add_node("retrieve", partial(retrieve, resources=resources))
     builder.add_node("rerank", of_one_run(rerank, resources))

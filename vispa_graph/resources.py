@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from vispa_graph.attributes import attribute_value
 from vispa_graph.engine.contract import Contrast, Direction, Engine, Method, Reading, Steering
-from vispa_graph.errors import EngineClosedError
-from vispa_graph.settings import EMBEDDED, Settings
+from vispa_graph.errors import EngineClosedError, SelectionSizeError
+from vispa_graph.settings import EMBEDDED, Settings, origin
 from vispa_graph.taxonomy_index import Encoder, SentenceEncoder, Taxonomy, TaxonomyIndex, Value
 
 if TYPE_CHECKING:
@@ -154,6 +154,16 @@ class Resources:
             return self.privacy.model(self.main_llm)
         local = self.chat_model
         return local.model_copy(update={"max_new_tokens": max(_SUMMARY_TOKENS, local.max_new_tokens)})
+
+    def check_top_k(self) -> None:
+        """Refuse to hear more values than there are.
+
+        Raises:
+            SelectionSizeError: `top_k` is larger than the taxonomy.
+        """
+        k, size = self.settings.top_k, len(self.taxonomy)
+        if k > size:
+            raise SelectionSizeError(f"top_k{origin('top_k', str(k))} is {k}, but the taxonomy holds {size} values. Choose 1 to {size}.")
 
     def steering(self, value: str) -> Steering | None:
         """The steering toward a value; None where the strength is 0.

@@ -5,10 +5,11 @@ No other module reads the environment.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,9 @@ from vispa_graph.engine.contract import Contrast, Method, Positions, Reading, So
 from vispa_graph.errors import SettingsError
 
 EMBEDDED = "embedded"
+_PREFIX = "VISPA_"
+# Variables of ours that are no settings.
+_OTHERS = ("mcp_token",)
 Distribution = Literal["comments", "direct", "decoding"]
 
 
@@ -43,10 +47,21 @@ def parse_layers(text: str) -> tuple[int, ...] | tuple[float, ...]:
     return tuple(numbers)
 
 
-def _origin(name: str, data: Mapping[str, Any]) -> str:
-    """The variable of the environment that a setting came from; nothing where it was given."""
-    variable = f"VISPA_{name.upper()}"
-    return f" (from {variable})" if name in data and data[name] == os.environ.get(variable) else ""
+def origin(name: str, value: Any) -> str:
+    """In brackets, the variable of the environment that holds a setting's value, as text; nothing where none does: then it was given."""
+    variable = f"{_PREFIX}{name.upper()}"
+    return f" (from {variable})" if value is not None and value == os.environ.get(variable) else ""
+
+
+def misspelt_variables() -> dict[str, str]:
+    """Variables of the environment whose names are nearly those of ours, with the nearest. Others are left alone: programs share prefixes."""
+    known = [name.upper() for name in (*Settings.model_fields, *_OTHERS)]
+    found = {}
+    for variable, value in sorted(os.environ.items()):
+        name = variable.upper().removeprefix(_PREFIX)
+        if value and variable.upper().startswith(_PREFIX) and name not in known and (near := difflib.get_close_matches(name, known, n=1)):
+            found[variable] = f"{_PREFIX}{near[0]}"
+    return found
 
 
 def _in_words(problem: str) -> str:
@@ -73,7 +88,7 @@ class Settings(BaseSettings):
         SettingsError: A setting is unknown, malformed or out of range.
     """
 
-    model_config = SettingsConfigDict(env_prefix="VISPA_", frozen=True, extra="forbid", env_ignore_empty=True)
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
     model: str = Field(EMBEDDED, min_length=1, description='The model to steer: "embedded", a folder, or a name on the Hugging Face hub.')
     revision: str | None = Field(None, description="Branch, tag or commit of a model from the hub.")
@@ -173,5 +188,5 @@ class Settings(BaseSettings):
                 name = ".".join(str(part) for part in problem["loc"][:1]) or "settings"
                 field = cls.model_fields.get(name)
                 meaning = f" ({field.description})" if field else f" Known settings: {', '.join(cls.model_fields)}."
-                problems.append(f"{name}{_origin(name, data)}: {_in_words(problem['msg'])}.{meaning}")
+                problems.append(f"{name}{origin(name, data.get(name))}: {_in_words(problem['msg'])}.{meaning}")
             raise SettingsError("The settings cannot be used. " + " ".join(problems)) from None

@@ -19,7 +19,7 @@ texts = st.lists(sentences, max_size=3).map(" ".join)
 
 
 def comment(value, text, finish="stop"):
-    return {"value": value, "name": value, "text": text, "finish": finish, "tokens": 1, "steering": None}
+    return {"value": value, "name": value, "text": text, "finish": finish, "tokens": 1, "cut_tokens": 0, "steering": None}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The steering engine on tiny random models: what each request gets, whatever shares its batch."""
 
 import json
+import logging
 import math
 import threading
 import time
@@ -1065,6 +1066,16 @@ def test_a_prompt_too_long_loses_its_middle_and_says_how_much(architecture, limi
     assert ids == whole[:54] + whole[-54:]
     score = engine.score(ScoreRequest(user(text), ("A", "B"))).result()
     assert score.cut_tokens == len(whole) - 127
+
+
+def test_a_prompt_that_we_cut_is_no_matter_for_a_warning_of_the_model_library(opened, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = 64
+    assert opened(tiny_model(), tokenizer).generate(ask("x" * 300, max_new_tokens=4)).result().cut_tokens > 200
+    assert "Token indices" not in caplog.text
+    tokenizer("x" * 300)
+    assert "Token indices" in caplog.text
 
 
 def test_a_prompt_that_fits_loses_nothing(engines):

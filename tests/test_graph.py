@@ -443,17 +443,49 @@ def test_an_empty_answer_of_the_main_model_is_an_error_not_an_answer(make_resour
         create_graph(resources=resources).invoke(INPUTS[mode])
 
 
-def test_a_prompt_that_was_cut_is_noted_with_the_value_it_was_cut_for(make_resources):
-    class Short(FakeEngine):
-        def generate(self, request):
-            future = Future()
-            future.set_result(Generation("It matters.", 100, 2, "length", None, 40, 1))
-            return future
+class Short(FakeEngine):
+    """Cuts every prompt, that of the second comment by more, and every answer."""
 
+    def generate(self, request):
+        cut = {"karma": 40, "honor": 50}[request.steering.direction.value] if request.steering else 12
+        return done(Generation("1", 100, 2, "length", None, cut, 1))
+
+    def score(self, request):
+        return done(replace(super().score(request).result(), cut_tokens=7))
+
+
+def done(result):
+    future = Future()
+    future.set_result(result)
+    return future
+
+
+CUT = "Too long for the model's context: tokens in the middle of prompts were left out, "
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "told"),
+    [
+        ({}, {}, "up to 50 for the comments, 12 for the summary."),
+        ({"values": ["karma"]}, {"aggregation": "compose"}, "40 for the comments."),
+        ({"attribute": "a nurse"}, {"fit_attributes": False}, "up to 50 for the comments, 12 for the choice, 12 for the answer."),
+        ({"attribute": "karma", "options": OPTIONS}, {}, "up to 50 for the comments, 7 for the options."),
+        ({"attribute": "karma"}, {"aggregation": "compose"}, "up to 50 for the comments."),
+        ({"options": OPTIONS}, {}, "up to 50 for the comments, 7 for the options."),
+        ({"options": OPTIONS}, {"distribution": "direct"}, "7 for the options."),
+        ({"options": OPTIONS}, {"distribution": "decoding"}, "7 for the options."),
+    ],
+)
+def test_all_that_was_cut_from_prompts_is_told_in_one_note(make_resources, given, settings, told):
+    out = create_graph(resources=make_resources(engine=Short(), **settings)).invoke({"query": QUERY, "values": TWO, **given})
+    assert [note for note in out["notes"] if "too long" in note.lower()] == [CUT + told]
+    assert {comment["value"]: comment["cut_tokens"] for comment in out["comments"]}.items() <= {"karma": 40, "honor": 50}.items()
+
+
+def test_a_comment_that_reached_its_longest_length_says_so(make_resources):
     out = create_graph(resources=make_resources(engine=Short())).invoke({"query": QUERY, "values": TWO})
-    assert any("40 tokens in its middle were left out of the comment from Karma" in note for note in out["notes"])
-    assert any("too long for the main language model" in note for note in out["notes"])
     assert {comment["finish"] for comment in out["comments"]} == {"length"}
+    assert "The summary ends where the main language model reached its longest length." in out["notes"]
 
 
 # Checkpoints and review

@@ -121,10 +121,10 @@ def test_an_answer_is_one_vote_or_left_out_but_never_spread_evenly(text):
 
 def test_the_local_model_s_probabilities_are_taken_as_they_are():
     engine = FakeEngine()
-    rows, notes = score_locally(engine, ballots("one", "two"))
+    rows, notes, cut = score_locally(engine, ballots("one", "two"))
     assert [r.letters for r in engine.requests] == [("A", "B", "C")] * 2
     assert rows == [list(engine.score(request).result().probabilities) for request in engine.requests[:2]]
-    assert notes == []
+    assert (notes, cut) == ([], [0, 0])
 
 
 class Hesitant(FakeEngine):
@@ -137,11 +137,10 @@ class Hesitant(FakeEngine):
         return future
 
 
-def test_a_model_that_was_not_about_to_say_a_letter_and_a_prompt_that_was_cut_are_noted():
-    _, notes = score_locally(Hesitant(), ballots("one", "two"))
-    assert len(notes) == 2
-    assert "probability from: Honor. Read their share with care" in notes[0]
-    assert "too long" in notes[1]
+def test_a_model_that_was_not_about_to_say_a_letter_is_noted_and_what_was_cut_is_told():
+    _, [note], cut = score_locally(Hesitant(), ballots("one", "two"))
+    assert "probability from: Honor. Read their share with care" in note
+    assert cut == [0, 7]
 
 
 def test_the_whole_graph_leaves_an_unreadable_answer_out_of_the_mean(make_resources):
@@ -270,10 +269,11 @@ def test_decoding_says_who_was_asked_where_the_model_was_not_about_to_say_a_lett
         def score(self, request):
             future = Future()
             logits = np.array([0.0, 0.0, 0.0, 9.0], dtype=np.float32)
-            future.set_result(Scores((0.3, 0.3, 0.4), 0.001, 0, logits, ((0,), (1,), (2,))))
+            future.set_result(Scores((0.3, 0.3, 0.4), 0.001, 5, logits, ((0,), (1,), (2,))))
             return future
 
-    rows, notes = decode_plurally(Silent(), ballots("one", "one"))
+    rows, notes, cut = decode_plurally(Silent(), ballots("one", "one"))
+    assert cut == [5, 5, 5]
     assert rows == [pytest.approx([1 / 3] * 3)]
     assert len(notes) == 1
     assert "Karma, Honor" in notes[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import pairwise
 
 import numpy as np
@@ -105,6 +106,13 @@ def test_settings_alone_are_enough_and_no_language_model_is_loaded(monkeypatch, 
 
     monkeypatch.setattr(HuggingFaceEngine, "load", load)
     assert select_values(FATHER, k=2, settings=Settings()) == select_values(FATHER, k=2, resources=resources)
+
+
+def test_a_text_beyond_the_encoder_s_window_is_noted_without_a_warning_of_the_model_library(fake_graph, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    notes = fake_graph.invoke({"query": f"{FATHER} " * 60})["notes"]
+    assert notes == ["The text is longer than the sentence encoder reads, so the values were selected by its beginning."]
+    assert "Token indices" not in caplog.text
 
 
 @pytest.mark.parametrize("query", ["", "  \n"])

@@ -97,15 +97,20 @@ def mean_distribution(ballots: Sequence[Ballot], rows: Sequence[Sequence[float] 
     return [float(p) for p in mean / mean.sum()]
 
 
-def score_locally(engine: Engine, ballots: Sequence[Ballot], config: RunnableConfig | None = None) -> tuple[list[list[float]], list[str]]:
-    """For each ballot the next-token probabilities of the letters, normalised, in the order of the options; and notes for the reader."""
+def score_locally(
+    engine: Engine, ballots: Sequence[Ballot], config: RunnableConfig | None = None
+) -> tuple[list[list[float]], list[str], list[int]]:
+    """For each ballot the next-token probabilities of the letters, normalised, in the order of the options; notes; tokens left out of each prompt."""
     scores = _ask(engine, ballots, config)
     notes = _little([ballot.voter for ballot, s in zip(ballots, scores, strict=True) if s.mass < _LITTLE])
-    return [ballot.by_option(s.probabilities) for ballot, s in zip(ballots, scores, strict=True)], notes + _cut(scores)
+    rows = [ballot.by_option(s.probabilities) for ballot, s in zip(ballots, scores, strict=True)]
+    return rows, notes, [s.cut_tokens for s in scores]
 
 
-def decode_plurally(engine: Engine, ballots: Sequence[Ballot], config: RunnableConfig | None = None) -> tuple[list[list[float]], list[str]]:
-    """For each order of the options one distribution, decoded from all perspectives together; and notes for the reader.
+def decode_plurally(
+    engine: Engine, ballots: Sequence[Ballot], config: RunnableConfig | None = None
+) -> tuple[list[list[float]], list[str], list[int]]:
+    """For each order of the options one distribution, decoded from all perspectives together; notes; and the tokens left out of each prompt.
 
     Beside the steered ballots of an order, the model is asked unsteered, to contrast them with.
     """
@@ -113,7 +118,8 @@ def decode_plurally(engine: Engine, ballots: Sequence[Ballot], config: RunnableC
     for ballot in ballots:
         orders[ballot.order].append(ballot)
     asked = [ballot for group in orders.values() for ballot in (*group, Ballot("", group[0].order, group[0].prompt))]
-    scores = iter(_ask(engine, asked, config, full=True))
+    answered = _ask(engine, asked, config, full=True)
+    scores = iter(answered)
     rows: list[list[float]] = []
     notes: list[str] = []
     for order, group in orders.items():
@@ -124,9 +130,8 @@ def decode_plurally(engine: Engine, ballots: Sequence[Ballot], config: RunnableC
         letters = np.array([probabilities[list(ids)].sum() for ids in plain.spellings])
         if letters.sum() < _LITTLE:
             notes += _little([ballot.voter for ballot in group])
-        notes += _cut([*found, plain])
         rows.append(Ballot("", order, "").by_option(letters / letters.sum()))
-    return rows, list(dict.fromkeys(notes))
+    return rows, list(dict.fromkeys(notes)), [s.cut_tokens for s in answered]
 
 
 def pluralistic_logits(perspectives: Array, plain: Array, weights: Array | None = None) -> Array:
@@ -198,12 +203,6 @@ def _little(voters: Sequence[str]) -> list[str]:
     if not voters:
         return []
     return [f"The model gave the option letters less than {_LITTLE:.0%} of its probability from: {_names(voters)}. Read their share with care."]
-
-
-def _cut(scores: Sequence[Scores]) -> list[str]:
-    if not any(s.cut_tokens for s in scores):
-        return []
-    return ["A passage or question was too long for the model's context: its middle was left out when the options were scored."]
 
 
 def _names(voters: Sequence[str]) -> str:

@@ -72,6 +72,7 @@ class Comment(TypedDict):
     text: str
     finish: str  # "stop" or "length"
     tokens: int
+    cut_tokens: int  # left out of the middle of its prompt to fit the model's context
     steering: SteeringFacts | None  # None where strength is 0
 
 

@@ -405,7 +405,7 @@ class HuggingFaceEngine:
     def _tokenize(self, text: str, **options: Any) -> list[int]:
         """Token ids. One thread at a time: truncation is a state of the tokenizer, and would cut another thread's prompt too."""
         with self._lock:
-            return cast("list[int]", self._tokenizer(text, **options)["input_ids"])
+            return cast("list[int]", self._tokenizer(text, verbose=False, **options)["input_ids"])  # no warning of what is cut here
 
     # Batches, in the worker thread
 
@@ -741,7 +741,7 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
     for values in sorted(derived):
         digest.update(values)
     # How it cuts a text and not how it is written down, which differs between versions of its library.
-    cut = tokenizer(_PROBE)["input_ids"]
+    cut = tokenizer(_PROBE, verbose=False)["input_ids"]
     config = model.config
     defaults = {} if getattr(config, "has_no_defaults_at_construction", False) else type(config)().to_dict()
     identity = [config.model_type, _decisive(config.to_dict(), defaults), str(model.dtype), tokenizer.get_vocab(), cut, tokenizer.chat_template]

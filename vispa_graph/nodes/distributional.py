@@ -9,6 +9,7 @@ from langchain_core.runnables import RunnableConfig
 
 from vispa_graph.conversation import in_context
 from vispa_graph.errors import AggregationError
+from vispa_graph.passages import cut_note
 from vispa_graph.resources import Resources
 from vispa_graph.scoring import Ballot, decode_plurally, mean_distribution, option_prompt, rotations, score_by_chat, score_locally
 from vispa_graph.state import Comment, State, weights
@@ -22,14 +23,17 @@ def distributional(state: State, config: RunnableConfig, *, resources: Resources
     """
     if resources.settings.distribution == "comments":
         comments = [comment for comment in state["comments"] if comment["text"]]
-        distribution, notes = option_distribution(state, comments, config, resources)
+        distribution, notes, cut = option_distribution(state, comments, config, resources)
     else:
-        distribution, notes = steered_distribution(state, config, resources)
+        distribution, notes, cut = steered_distribution(state, config, resources)
+    notes += cut_note(state["comments"], {"options": cut})
     return {"distribution": distribution, "response": in_words(distribution), "attribution": [], "notes": notes}
 
 
-def option_distribution(state: State, comments: list[Comment], config: RunnableConfig, resources: Resources) -> tuple[dict[str, float], list[str]]:
-    """The weighted mean distribution over the options given the comments; sums to 1."""
+def option_distribution(
+    state: State, comments: list[Comment], config: RunnableConfig, resources: Resources
+) -> tuple[dict[str, float], list[str], list[int]]:
+    """The weighted mean distribution over the options given the comments, which sums to 1; notes; and the tokens left out of each prompt."""
     if not comments:
         raise AggregationError("No comment holds any text, so there is nothing to score the options by. Try a smaller strength or another model.")
     ballots = [
@@ -38,18 +42,19 @@ def option_distribution(state: State, comments: list[Comment], config: RunnableC
         for order in _orders(state, resources)
     ]
     rows: Sequence[Sequence[float] | None]
+    cut: list[int] = []
     if resources.main_llm is None:
-        rows, notes = score_locally(resources.engine, ballots, config)
+        rows, notes, cut = score_locally(resources.engine, ballots, config)
     else:
         rows, notes = score_by_chat(resources.summariser, ballots, config)
     mean = mean_distribution(ballots, rows)
     if mean is None:
         raise AggregationError("None of the main language model's answers could be read as an option letter. Try another main language model.")
-    return _named(state, mean), notes
+    return _named(state, mean), notes, cut
 
 
-def steered_distribution(state: State, config: RunnableConfig, resources: Resources) -> tuple[dict[str, float], list[str]]:
-    """The distribution read from one steered prefill a value, no comment made: the mean of the values', or decoded from all together."""
+def steered_distribution(state: State, config: RunnableConfig, resources: Resources) -> tuple[dict[str, float], list[str], list[int]]:
+    """The same from one steered prefill a value, no comment made: the mean of the values' distributions, or decoded from all together."""
     orders = _orders(state, resources)
     ballots = [
         Ballot(value["name"], order, _prompt(state, order, None), resources.steering(value["id"]), value["id"], value["weight"])
@@ -57,12 +62,12 @@ def steered_distribution(state: State, config: RunnableConfig, resources: Resour
         for order in orders
     ]
     if resources.settings.distribution == "direct":
-        rows, notes = score_locally(resources.engine, ballots, config)
+        rows, notes, cut = score_locally(resources.engine, ballots, config)
         mean = mean_distribution(ballots, rows)
     else:
-        rows, notes = decode_plurally(resources.engine, ballots, config)
+        rows, notes, cut = decode_plurally(resources.engine, ballots, config)
         mean = mean_distribution([Ballot("", order, "") for order in orders], rows)
-    return _named(state, mean or []), notes
+    return _named(state, mean or []), notes, cut
 
 
 def _orders(state: State, resources: Resources) -> list[tuple[int, ...]]:

@@ -10,7 +10,7 @@ from langchain_core.runnables import RunnableConfig
 from vispa_graph.composing import attribute_sentences, telling_sentences
 from vispa_graph.conversation import in_context
 from vispa_graph.errors import AggregationError
-from vispa_graph.passages import incomplete, number_passages
+from vispa_graph.passages import cut_note, cut_tokens, incomplete, number_passages
 from vispa_graph.prompts import fence, load_prompt
 from vispa_graph.resources import Resources
 from vispa_graph.state import State, weights
@@ -32,11 +32,12 @@ def overton(state: State, config: RunnableConfig, *, resources: Resources) -> di
         attribution = traced("compose", lambda: telling_sentences(in_context(state), comments, resources.taxonomy, resources.encoder), config)
         names = [", ".join(resources.taxonomy[value].name for value in a["values"]) for a in attribution]
         views = "\n".join(f"- {name}: {a['sentence']}" for name, a in zip(names, attribution, strict=True))
-        return {"response": load_prompt("compose_overton").render(views=views), "attribution": attribution}
+        return {"response": load_prompt("compose_overton").render(views=views), "attribution": attribution, "notes": cut_note(state["comments"])}
     prompt = load_prompt("overton").render(query=fence(in_context(state)), passages=number_passages(comments))
     message = resources.summariser.invoke([HumanMessage(prompt)], {**config, "run_name": "summarise"})
     response = message.text.strip()
     if not response:
         raise AggregationError("The main language model returned an empty summary. Try another one, or aggregation='compose'.")
     attribution = attribute_sentences(response, comments, resources.encoder)
-    return {"response": response, "attribution": attribution, "notes": incomplete(message, "summary")}
+    notes = incomplete(message, "summary") + cut_note(state["comments"], {"summary": [cut_tokens(message)]})
+    return {"response": response, "attribution": attribution, "notes": notes}

@@ -85,15 +85,11 @@ def _finish(task: SteerTask, model: SteeredChatModel, message: AIMessage, resour
         text=message.text.strip(),
         finish=facts["finish_reason"],
         tokens=message.usage_metadata["output_tokens"] if message.usage_metadata else 0,
+        cut_tokens=facts["cut_tokens"],
         steering=_facts(model.steering, facts["steering"]),
     )
     get_stream_writer()({"step": "comment", "value": value.id, "tokens": comment["tokens"]})
     notes = [_fitted(value, model.steering.direction)] if own and model.steering else []
-    if facts["cut_tokens"]:
-        notes.append(
-            f"The text was too long for the model's context: {facts['cut_tokens']} tokens in its middle were left out "
-            f"of the comment from {value.name}."
-        )
     if model.steering and model.steering.strength and comment["steering"] and not any(comment["steering"]["magnitude"]):
         notes.append(f"The model leans toward {value.name} here by itself: steering added nothing, and the comment is the unsteered one.")
     if not comment["text"]:

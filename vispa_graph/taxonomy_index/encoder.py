@@ -55,7 +55,7 @@ class SentenceEncoder:
         """Whether the text is within the encoder's window (256 word pieces for MiniLM)."""
         with self._lock:
             model = self._loaded()
-            return bool(len(model.tokenizer(text)["input_ids"]) <= model.max_seq_length)
+            return bool(len(model.tokenizer(text, verbose=False)["input_ids"]) <= model.max_seq_length)
 
     def encode(self, sentences: Sequence[str]) -> Floats:
         """Unit vectors, [sentences, dimensions].

@@ -96,6 +96,18 @@ def test_an_unknown_value_names_the_nearest(taxonomy):
     assert 3 not in taxonomy
 
 
+def test_of_several_values_each_that_is_unknown_is_told_by_its_place_with_the_nearest(taxonomy):
+    with pytest.raises(UnknownValueError) as raised:
+        taxonomy.find_all(["karma", "secuurityy", "Honor", "zzfairness"])
+    second, fourth = str(raised.value).split("Value 4 of 4")
+    assert re.match(r"Value 2 of 4 is not in the taxonomy of 31 values\. The nearest are: security, ", second)
+    assert "fairness" in fourth
+    assert "uurityy" not in str(raised.value)
+    with pytest.raises(UnknownValueError, match=r"^A value asked for is not"):
+        taxonomy.find_all(["secuurityy"])
+    assert [value.id for value in taxonomy.find_all(["Karma", "honor", "karma"])] == ["karma", "honor", "karma"]
+
+
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=12))
 def test_an_unknown_value_s_message_never_repeats_what_was_typed(taxonomy, typed):
     if typed in taxonomy:

@@ -25,7 +25,7 @@ def rerank(state: State, config: RunnableConfig, *, resources: Resources) -> dic
     """
     taxonomy, settings = resources.taxonomy, resources.settings
     if state["asked"] is not None:
-        ids = dict.fromkeys(taxonomy[name].id for name in state["asked"])
+        ids = dict.fromkeys(value.id for value in taxonomy.find_all(state["asked"]))
         selected = [_selected(taxonomy[value_id], 1.0, "named by the caller") for value_id in ids]
     else:
         from vispa_graph.taxonomy_index.retriever import ValueReranker

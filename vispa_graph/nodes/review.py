@@ -73,7 +73,7 @@ def _edited(entries: Any, before: list[SelectedValue], taxonomy: Taxonomy) -> li
         if name in selected:
             value = selected[name]
         else:
-            found = taxonomy[name]
+            found = taxonomy.find(name, f"Entry {number} of the review")
             added = SelectedValue(
                 id=found.id, name=found.name, family=found.family, source=found.source, score=1.0, reason="added in review", weight=1.0
             )

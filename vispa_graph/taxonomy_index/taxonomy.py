@@ -183,6 +183,14 @@ class Taxonomy:
         Raises:
             UnknownValueError: No such value; the message names the nearest, or says how to switch the bioethics family on.
         """
+        return self.find(name)
+
+    def find(self, name: str, which: str = "A value asked for") -> Value:
+        """The same, with words of the caller's for it where it is unknown.
+
+        Raises:
+            UnknownValueError: See `__getitem__`; the message begins with `which`.
+        """
         try:
             return self._values[self._names[_key(name)]]
         except KeyError:
@@ -195,8 +203,26 @@ class Taxonomy:
             near = difflib.get_close_matches(_key(name), list(self._names), n=3, cutoff=0.0)
             nearest = ", ".join(dict.fromkeys(self._names[match] for match in near))
             raise UnknownValueError(
-                f"A value asked for is not in the taxonomy of {len(self)} values. The nearest are: {nearest}. `vispa values` lists them all."
+                f"{which} is not in the taxonomy of {len(self)} values. The nearest are: {nearest}. `vispa values` lists them all."
             ) from None
+
+    def find_all(self, names: Sequence[str]) -> list[Value]:
+        """The values with these ids, names or aliases, in this order.
+
+        Raises:
+            UnknownValueError: There is no such value as some of them; the message tells each by its place, with the nearest.
+        """
+        if len(names) == 1:
+            return [self.find(names[0])]
+        found, problems = [], []
+        for number, name in enumerate(names, 1):
+            try:
+                found.append(self.find(name, f"Value {number} of {len(names)}"))
+            except UnknownValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise UnknownValueError(" ".join(problems))
+        return found
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -205,7 +231,7 @@ class Taxonomy:
 
     def subset(self, ids: Sequence[str]) -> Taxonomy:
         """The taxonomy of some of the values; concerns and situations keep only what points at them."""
-        chosen = [self[value_id] for value_id in ids]
+        chosen = self.find_all(ids)
         known = {value.id for value in chosen}
         return Taxonomy(chosen, _pointing_at(known, self.concerns), _labelled_with(known, self.situations))
 

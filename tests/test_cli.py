@@ -51,6 +51,7 @@ def engine(monkeypatch, word_encoder):
     """The engine that commands run on: no model, and no sentence encoder beside it."""
     fake = FakeEngine()
     monkeypatch.setattr("vispa_graph.resources.Resources._load_engine", lambda self: fake)
+    monkeypatch.setattr("vispa_graph.resources.Resources.check_model", lambda self: None)
     monkeypatch.setattr("vispa_graph.resources.SentenceEncoder", lambda model: word_encoder)
     return fake
 
@@ -695,6 +696,56 @@ def test_a_folder_that_holds_no_model_is_refused_before_anything_is_loaded(vispa
     if kind == "empty":
         folder.mkdir()
     assert refused(vispa(*command, folder), str(folder), "no folder" if kind == "missing" else "holds no config.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["--option", "yes"], ["options, and 1 came"]),
+        (["--option", "yes", "--option", "Yes"], ["Options 1 and 2 are the same"]),
+        (["--mode", "steerable"], ["needs an attribute"]),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_refused_before_stdin_is_read_and_anything_is_made(monkeypatch, arguments, fragments):
+    monkeypatch.setattr("vispa_graph.resources.Resources.__init__", None)  # calling it would be a TypeError
+    assert refused(run("ask", "-", *arguments, stdin=b"\xff"), *fragments)
+
+
+@pytest.fixture
+def unloadable(monkeypatch):
+    """Neither encoder nor model can be loaded."""
+
+    def load(*_, **__):
+        raise RuntimeError("something was loaded")
+
+    monkeypatch.setattr("vispa_graph.resources.SentenceEncoder._load", load)
+    monkeypatch.setattr("vispa_graph.engine.huggingface.AutoModelForCausalLM.from_pretrained", load)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "fragments"),
+    [
+        (["--value", "honor", "--value", "pwer", "--value", "securty"], {}, ["Value 2 of 3 is not", "power", "Value 3 of 3 is not", "security"]),
+        (["--layers", "2,6"], {}, ["Layer 6 does not exist: this model has 6 (0 to 5)"]),
+        (["--layers", "0.8-0.3"], {}, ["ascending from 0 to 1"]),
+        ([], {"VISPA_DEVICE": "abacus"}, ["'abacus' cannot be used", "cpu"]),
+    ],
+)
+def test_what_can_be_told_without_a_model_is_refused_before_encoder_or_model_are_loaded(unloadable, arguments, env, fragments):
+    assert refused(run("ask", QUERY, *arguments, env=env), *fragments)
+    if "--value" not in arguments:
+        assert refused(run("fit", *arguments, env=env), *fragments)
+
+
+def test_layers_that_nothing_is_steered_at_are_no_reason_to_refuse(unloadable):
+    result = run("ask", QUERY, "--layers", "6", "--strength", "0")
+    assert "something was loaded" in str(result.exception.original)
+
+
+def test_the_configuration_of_a_folder_tells_its_layers_before_its_weights_are_read(unloadable, tmp_path):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert refused(run("fit", "--model", tmp_path, "--layers", "99"), "Layer 99 does not exist: this model has 5")
 
 
 def test_a_folder_in_the_home_of_nobody_is_refused():

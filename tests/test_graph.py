@@ -387,6 +387,14 @@ def test_bad_input_is_refused_at_every_door_before_the_engine_is_asked(make_reso
     assert engine.requests == []
 
 
+def test_an_unknown_value_is_refused_before_the_encoder_is_asked(taxonomy, word_encoder):
+    before = list(word_encoder.encoded)
+    graph = create_graph(engine=FakeEngine(), encoder=word_encoder, taxonomy=taxonomy)
+    with pytest.raises(UnknownValueError, match="Value 2 of 2 is not in the taxonomy"):
+        graph.invoke({"query": QUERY, "values": ["karma", "no such thing"]})
+    assert word_encoder.encoded == before
+
+
 @both_ways
 @pytest.mark.parametrize("error", [NonFiniteError("Logits became NaN."), EngineClosedError("The engine is closed.")])
 def test_an_engine_that_fails_surfaces_its_own_error(make_resources, run, error):
@@ -560,7 +568,7 @@ def test_a_review_is_resumed_with_the_values_to_hear_in_their_order(reviewed, ru
         ("karma", "a list of at least one"),
         ([], "a list of at least one"),
         ([3], "Entry 1 of the review is no value"),
-        (["karma", "mercifulness"], "not in the taxonomy"),
+        (["karma", "mercifulness"], "Entry 2 of the review is not in the taxonomy"),
     ],
 )
 def test_a_bad_review_is_refused_with_the_reason_and_the_run_waits_for_a_better_one(reviewed, run, edited, problem):

@@ -244,10 +244,15 @@ def ask(
         bioethics=bioethics,
         trace_content=trace_content,
     )
-    given = {"query": read_query(query), "mode": mode, "attribute": attribute, "population": population, "options": list(options) or None}
+    from vispa_graph.state import check_input
+
+    given: dict[str, Any] = {"query": query, "mode": mode, "attribute": attribute, "population": population}
+    given |= {"options": list(options) or None, "values": list(asked) or None}
+    check_input(given)  # before stdin is read and anything imported
+    given["query"] = read_query(query)
     try:
         with progress() as show:
-            output = _run(settings, given | {"values": list(asked) or None}, show, trace)
+            output = _run(settings, given, show, trace)
         if as_json:
             print_json(output)
         else:
@@ -302,6 +307,7 @@ def fit(
     logging.getLogger("vispa_graph").addHandler(logging.NullHandler())  # the warnings are told below
     with progress() as show, closing(Resources(settings, progress=show)) as resources:
         show("loading the model")
+        resources.check_model()
         name, taxonomy = resources.engine.name, resources.taxonomy
         fitted = resources.fit_settings()
         show("directions")
@@ -443,7 +449,7 @@ def _run(settings: Settings, given: dict[str, Any], show: Show, trace: Path | No
     """Run the graph, and write its trace, also where it fails."""
     from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 
-    from vispa_graph.graph import create_graph
+    from vispa_graph.graph import check_question, create_graph
     from vispa_graph.resources import Resources
     from vispa_graph.settings import end_tracing_with_the_process
     from vispa_graph.tracing import TracedRun
@@ -451,6 +457,9 @@ def _run(settings: Settings, given: dict[str, Any], show: Show, trace: Path | No
     end_tracing_with_the_process()
     tracer = RunCollectorCallbackHandler() if trace else None
     with closing(create_graph(resources=Resources(settings, progress=show))) as graph:
+        show("loading")
+        check_question(given, graph.resources)
+        graph.resources.check_model()
         try:
             return _follow(graph, given, {"callbacks": [tracer] if tracer else []}, show)
         finally:
@@ -461,7 +470,6 @@ def _run(settings: Settings, given: dict[str, Any], show: Show, trace: Path | No
 def _follow(graph: PluralGraph, given: dict[str, Any], config: Any, show: Show) -> Output:
     """The output of a run, its steps shown as they pass. Model and directions are made between two steps, where they can be named."""
     resources, output, written, heard = graph.resources, None, 0, 0
-    show("loading")
     # Without output_keys the values would be the whole state, not the output.
     parts = graph.stream(given, config, stream_mode=["updates", "custom", "values"], output_keys=graph.output_channels)
     with closing(cast("Generator[tuple[str, Any]]", parts)) as parts:

@@ -168,7 +168,7 @@ class PluralGraph(CompiledStateGraph[State, None, Input, Output]):
     def _checked(self, data: Any, config: RunnableConfig | None) -> Any:
         """The checked input; None and commands, which resume a run, pass where there is one to resume."""
         resumes = data is None or isinstance(data, Command)
-        checked = data if resumes else check_input(data)
+        checked = data if resumes else check_question(data, self.resources)
         check_thread(data, self.checkpointer, merge_configs(self.config, config), reviews="review" in self.nodes)
         return checked
 
@@ -192,3 +192,14 @@ class PluralGraph(CompiledStateGraph[State, None, Input, Output]):
     def close(self) -> None:
         """Let go of the models. Idempotent."""
         self.resources.close()
+
+
+def check_question(data: Any, resources: Resources) -> Door:
+    """The checked input, for which nothing is loaded.
+
+    Raises:
+        InputError: See `check_input`; or it names values that the taxonomy does not hold.
+    """
+    door = check_input(data)
+    resources.taxonomy.find_all(door["asked"] or ())
+    return door

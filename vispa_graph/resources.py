@@ -165,6 +165,24 @@ class Resources:
         if k > size:
             raise SelectionSizeError(f"top_k{origin('top_k', str(k))} is {k}, but the taxonomy holds {size} values. Choose 1 to {size}.")
 
+    def check_model(self) -> None:
+        """Refuse a model, a device or layers that the settings name but that there are not, before anything is loaded.
+
+        Reads no more than the model's configuration, and nothing of an engine that was given.
+
+        Raises:
+            LayerError, ModelNotFoundError, NotCausalError, SettingsError: Says which.
+        """
+        from vispa_graph.engine.huggingface import check_choices
+
+        if not self._owns_engine:
+            return
+        s = self.settings
+        layers = s.layers if s.strength else None  # which nothing is steered at
+        check_choices(
+            self._model_folder, layers, device=s.device, device_map=s.device_map, revision=s.revision, trust_remote_code=s.trust_remote_code
+        )
+
     def steering(self, value: str) -> Steering | None:
         """The steering toward a value; None where the strength is 0.
 
@@ -268,6 +286,11 @@ class Resources:
             return LLMSelector(lambda: self.summariser, self.taxonomy, default)
         return default
 
+    @property
+    def _model_folder(self) -> str:
+        """Where the model lies, or its name on the hub."""
+        return str(embedded_folder()) if self.settings.model == EMBEDDED else self.settings.model
+
     def _load_engine(self) -> Engine:
         from vispa_graph.engine.huggingface import HuggingFaceEngine
 
@@ -277,7 +300,7 @@ class Resources:
             self._progress("loading the model", 0, 0)
         s = self.settings
         engine = HuggingFaceEngine.load(
-            str(embedded_folder()) if s.model == EMBEDDED else s.model,
+            self._model_folder,
             name=_EMBEDDED_NAME if s.model == EMBEDDED else s.model,
             device=s.device,
             dtype=s.dtype,

@@ -186,16 +186,12 @@ class HuggingFaceEngine:
             raise SettingsError(
                 "device_map needs the package accelerate, which is not installed. Install it (pip install accelerate), or give a device."
             )
+        if device_map is None:
+            _check_device(device)
         common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        config = _read_config(model, **common)
         with quiet():
             try:
-                config = AutoConfig.from_pretrained(model, **common)
-                known = type(config) in AutoModelForCausalLM._model_mapping or getattr(config, "auto_map", None)
-                if not known or config.is_encoder_decoder:
-                    raise NotCausalError(
-                        f"{model} is a {config.model_type} model, which is not a causal language model. "
-                        "Choose one that generates text, such as Qwen/Qwen3-4B."
-                    )
                 tokenizer = AutoTokenizer.from_pretrained(model, **common)
                 common |= {"dtype": getattr(torch, dtype), "device_map": device_map, "use_safetensors": True, "output_loading_info": True}
                 loaded, found = cast(Any, AutoModelForCausalLM).from_pretrained(model, config=config, **common)
@@ -717,6 +713,51 @@ class _Always(LogitsProcessor):
         only = torch.full_like(scores, -torch.inf)
         only[:, self._token] = 0
         return only
+
+
+def check_choices(
+    model: str,
+    layers: Sequence[float] | None,
+    *,
+    device: str = "cpu",
+    device_map: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Refuse what could not be loaded or steered, as far as this machine and the model's configuration tell. Loads nothing.
+
+    Raises:
+        LayerError: A layer the model does not have.
+        ModelNotFoundError, NotCausalError, SettingsError: See `HuggingFaceEngine.load`.
+    """
+    if device_map is None:
+        _check_device(device)
+    config = _read_config(find_model(model), revision=revision, trust_remote_code=trust_remote_code)
+    depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if layers is not None and depth is not None:
+        check_layers(layers, depth)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"The device {device!r} cannot be used ({_first_line(error)}). Choose another, such as cpu.") from error
+
+
+def _read_config(model: str, **options: Any) -> Any:
+    """The configuration of a model that generates text."""
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(model, **options)
+        except Exception as error:  # of a library, or of the model's own code
+            raise _load_error(model, error) from error
+    known = type(config) in AutoModelForCausalLM._model_mapping or getattr(config, "auto_map", None)
+    if not known or config.is_encoder_decoder:
+        raise NotCausalError(
+            f"{model} is a {config.model_type} model, which is not a causal language model. Choose one that generates text, such as Qwen/Qwen3-4B."
+        )
+    return config
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -287,6 +287,41 @@ def test_all_problems_of_all_files_are_told_at_once_in_order(folder, word_encode
     assert [p.message[:20] for p in found if p.file.name == "tidiness.yaml"] == ["unknown family 'own'", "the form 'third_pers"]
 
 
+def test_unknown_keys_and_fields_of_wrong_types_are_all_told_each_in_its_line(folder, word_encoder):
+    broken = TIDINESS
+    for old, new in (
+        ("name: Tidiness\n", "nmae: Tidiness\n3: three\n"),
+        ("source: this test", "source: [this, test]"),
+        ("aliases: [order in things]", "aliases: order in things"),
+        ("facets:\n  - a tray in disorder\n", "facets: 3\npolarity: 5\nalpha: much\n"),
+        ("      negative: I scattered the scalpels before I went home.\n", ""),
+        ("      negative: The nurse dropped all towels after the bath.\n", "      negative: 7\n"),
+    ):
+        assert broken.count(old) == 1
+        broken = broken.replace(old, new)
+    (folder / "tidiness.yaml").write_text(broken)
+    assert [(line.partition(":")[0], message.partition(".")[0]) for _, line, message in found_in(folder, word_encoder)] == [
+        ("id", "the key 'name' is missing"),
+        ("nmae", "unknown key 'nmae'"),
+        ("3", "unknown key 3"),
+        ("source", "'source' must be a text that is not empty"),
+        ("aliases", "'aliases' must be a list of texts"),
+        ("facets", "'facets' must be a list of texts"),
+        ("polarity", "'polarity' must be a text"),
+        ("alpha", "'alpha' must be a number above 0"),
+        ("- positive", "a pair holds exactly 'positive' and 'negative'"),
+        ("- positive", "both twins must be texts that are not empty"),
+    ]
+
+
+def test_a_file_in_place_of_its_folder_is_refused_with_the_folder_to_give(vispa, folder):
+    file = folder / "tidiness.yaml"
+    for command in (["values", "check", file], ["check", "--values", file], ["values", "--values", file]):
+        result = vispa(*command)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr == f"vispa: {file}: this is a file, and value files are read by the folder. Give the one that it lies in: {folder}.\n"
+
+
 def test_a_family_of_one_s_own_is_no_misspelling_once_it_is_named(folder, word_encoder):
     (folder / "tidiness.yaml").write_text(TIDINESS.replace("family: schwartz", "family: own"))
     assert len(check_folder(folder, word_encoder)) == 1

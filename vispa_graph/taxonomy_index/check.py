@@ -24,10 +24,12 @@ from vispa_graph.taxonomy_index.taxonomy import (
     Concern,
     Pair,
     Value,
+    check_is_folder,
     pair_lines,
     read_concerns,
     read_value,
     read_yaml,
+    value_problems,
 )
 
 # Characters of the positive twin for each of the negative.
@@ -69,7 +71,7 @@ class _Placed:
 def check_folder(folder: Path, encoder: Encoder, *, families: Collection[str] = ()) -> list[Problem]:
     """Everything wrong with the value files of a folder, by file and line.
 
-    Checked are duplicate YAML keys, whatever keeps a file from being read, duplicate ids (also of shipped values and among concerns),
+    Checked are duplicate YAML keys, whatever keeps a file from being read (such as unknown keys and fields of wrong types), duplicate ids (also of shipped values and among concerns),
     concerns that point at no value, unknown families, missing forms, and of the pairs: twins of unlike length, that share too few words, or of which only one names the
     value, and pairs that say nearly the same as another of the folder.
 
@@ -79,10 +81,9 @@ def check_folder(folder: Path, encoder: Encoder, *, families: Collection[str] = 
         families: Families beside those of the shipped values.
 
     Raises:
-        TaxonomyError: There is no such folder, or it holds no value files.
+        TaxonomyError: There is no such folder, it is a file, or it holds no value files.
     """
-    if not folder.is_dir():
-        raise TaxonomyError(f"{folder}: there is no such folder of values. Check the path.")
+    check_is_folder(folder)
     paths = sorted(folder.glob("*.yaml"))
     if not [path for path in paths if path.name != CONCERNS.name]:
         raise TaxonomyError(f"{folder}: the folder holds no *.yaml value files. Add one, or name another folder.")
@@ -99,7 +100,10 @@ def check_folder(folder: Path, encoder: Encoder, *, families: Collection[str] = 
                 continue
             if isinstance(data, dict):
                 problems += _gaps(path, node, data, known)
-            values.append((read_value(path), node))
+            unread = [Problem(path, line, message) for line, message in value_problems(node, data)]
+            problems += unread
+            if not unread:
+                values.append((read_value(path), node))
         except TaxonomyError as error:
             problems.append(_as_problem(path, str(error)))
     shipped = {path.stem: path for own in (SHIPPED, BIOETHICS) if not own.samefile(folder) for path in own.glob("*.yaml")}

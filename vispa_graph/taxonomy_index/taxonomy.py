@@ -33,6 +33,8 @@ PLAIN_QUESTIONS = Path(__file__).parent / "plain_questions.txt"
 _REQUIRED = ("id", "name", "family", "source", "definition", "facets", "pairs")
 _OPTIONAL = ("aliases", "polarity", "alpha")
 _ID = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+_BAD_ID = "an id is lower-case letters and digits, words joined by hyphens."
+_NO_PAIRS = f"'pairs' must hold contrastive pairs under at least one of: {', '.join(FORMS)}. Without them the value cannot be steered to."
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,7 @@ class Taxonomy:
         concerns: list[Concern] = []
         own = [SHIPPED] * shipped + [BIOETHICS] * bioethics
         for folder in (*own, *map(Path, folders)):
-            if not folder.is_dir():
-                raise TaxonomyError(f"{folder}: there is no such folder of values. Check the path.")
+            check_is_folder(folder)
             files = sorted(path for path in folder.glob("*.yaml") if path.name != CONCERNS.name)
             if not files:
                 raise TaxonomyError(f"{folder}: the folder holds no *.yaml value files. Add one, or leave the folder out.")
@@ -270,6 +271,18 @@ def _bioethics_names() -> dict[str, str]:
     return _names([read_value(path) for path in sorted(BIOETHICS.glob("*.yaml"))])
 
 
+def check_is_folder(folder: Path) -> None:
+    """Refuse what is no folder.
+
+    Raises:
+        TaxonomyError: It is a file, or not there.
+    """
+    if folder.is_file():
+        raise TaxonomyError(f"{folder}: this is a file, and value files are read by the folder. Give the one that it lies in: {folder.parent}.")
+    if not folder.is_dir():
+        raise TaxonomyError(f"{folder}: there is no such folder of values. Check the path.")
+
+
 def check_id(value_id: str) -> None:
     """Refuse an id that no value may have.
 
@@ -277,7 +290,7 @@ def check_id(value_id: str) -> None:
         TaxonomyError: It is not lower-case letters and digits, words joined by hyphens.
     """
     if not _ID.fullmatch(value_id):
-        raise TaxonomyError("an id is lower-case letters and digits, words joined by hyphens.")
+        raise TaxonomyError(_BAD_ID)
 
 
 def read_value(path: Path) -> Value:
@@ -287,35 +300,12 @@ def read_value(path: Path) -> Value:
         TaxonomyError: The file cannot be read or does not describe a value; the message names file and line.
     """
     node, data = read_yaml(path)
-    if not isinstance(data, dict):
-        raise TaxonomyError(f"{path}:1: a value file holds a mapping with the keys {', '.join(_REQUIRED)}; this one holds something else.")
-    lines = _lines(node)
-
-    def fail(key: str, message: str) -> TaxonomyError:
-        return TaxonomyError(f"{path}:{lines.get(key, 1)}: {message}")
-
-    for key in _REQUIRED:
-        if key not in data:
-            raise fail(key, f"the key {key!r} is missing. Add it.")
-    for key in data:
-        if key not in _REQUIRED + _OPTIONAL:
-            raise fail(key, f"unknown key {key!r}. Known keys: {', '.join(_REQUIRED + _OPTIONAL)}.")
-    for key in ("id", "name", "family", "source", "definition"):
-        if not isinstance(data[key], str) or not data[key].strip():
-            raise fail(key, f"{key!r} must be a text that is not empty.")
-    try:
-        check_id(data["id"])
-    except TaxonomyError as error:
-        raise fail("id", str(error)) from None
-    for key in ("facets", "aliases"):
-        entries = data.get(key, [])
-        if not isinstance(entries, list) or not all(isinstance(e, str) and e.strip() for e in entries):
-            raise fail(key, f"{key!r} must be a list of texts. Quote a text that holds a colon.")
-    if not data["facets"]:
-        raise fail("facets", "a value needs at least one facet: facets are how questions find it.")
+    for line, message in value_problems(node, data):
+        raise TaxonomyError(f"{path}:{line}: {message}")
+    pairs = {form: tuple(Pair(twins["positive"], twins["negative"]) for twins in entries) for form, entries in data["pairs"].items()}
+    if not any(pairs.values()):
+        raise TaxonomyError(f"{path}:{_lines(node)['pairs']}: {_NO_PAIRS}")
     alpha = data.get("alpha")
-    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf")):
-        raise fail("alpha", "'alpha' must be a number above 0.")
     return Value(
         id=data["id"],
         name=data["name"].strip(),
@@ -323,39 +313,76 @@ def read_value(path: Path) -> Value:
         source=data["source"].strip(),
         definition=data["definition"].strip(),
         facets=tuple(data["facets"]),
-        pairs=_pairs(path, node, data["pairs"], lines),
+        pairs=pairs,
         aliases=tuple(data.get("aliases", [])),
-        polarity=str(data.get("polarity", "")).strip(),
+        polarity=data.get("polarity", "").strip(),
         alpha=None if alpha is None else float(alpha),
         file=path,
     )
 
 
-def _pairs(path: Path, node: yaml.Node, pairs: Any, lines: Mapping[str, int]) -> dict[Form, tuple[Pair, ...]]:
-    at = f"{path}:{lines.get('pairs', 1)}"
-    if not isinstance(pairs, dict) or not any(pairs.values()):
-        raise TaxonomyError(
-            f"{at}: 'pairs' must hold contrastive pairs under at least one of: {', '.join(FORMS)}. Without them the value cannot be steered to."
-        )
+def value_problems(node: yaml.Node, data: Any) -> Iterator[tuple[int, str]]:
+    """All that keeps a file from being read as a value, with lines from 1, but for pairs that are not written yet."""
+    if not isinstance(data, dict):
+        yield 1, f"a value file holds a mapping with the keys {', '.join(_REQUIRED)}; this one holds something else."
+        return
+    lines = _lines(node)
+    for key in _REQUIRED:
+        if key not in data:
+            yield 1, f"the key {key!r} is missing. Add it."
+    for key in data:
+        if key not in _REQUIRED + _OPTIONAL:
+            yield lines.get(str(key), 1), f"unknown key {key!r}. Known keys: {', '.join(_REQUIRED + _OPTIONAL)}."
+    for key, problem in _field_problems(data):
+        yield lines.get(key, 1), problem
+    if "pairs" in data:
+        yield from _pair_problems(node, data["pairs"], lines.get("pairs", 1))
+
+
+def _field_problems(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Fields of wrong types, and what is wrong with them, but for pairs."""
+    for key in ("id", "name", "family", "source", "definition"):
+        if key in data and (not isinstance(data[key], str) or not data[key].strip()):
+            yield key, f"{key!r} must be a text that is not empty."
+        elif key == "id" and key in data and not _ID.fullmatch(data[key]):
+            yield key, _BAD_ID
+    for key in ("facets", "aliases"):
+        entries = data.get(key, [])
+        if not isinstance(entries, list) or not all(isinstance(e, str) and e.strip() for e in entries):
+            yield key, f"{key!r} must be a list of texts. Quote a text that holds a colon."
+        elif key == "facets" and key in data and not entries:
+            yield key, "a value needs at least one facet: facets are how questions find it."
+    if not isinstance(data.get("polarity", ""), str):
+        yield "polarity", "'polarity' must be a text. Write it out, or leave it out."
+    alpha = data.get("alpha")
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf")):
+        yield "alpha", "'alpha' must be a number above 0."
+
+
+def _pair_problems(node: yaml.Node, pairs: Any, line: int) -> Iterator[tuple[int, str]]:
+    if not isinstance(pairs, dict):
+        yield line, _NO_PAIRS
+        return
     rows = pair_lines(node)
-    checked: dict[Form, tuple[Pair, ...]] = {}
     for form, entries in pairs.items():
         if form not in FORMS:
-            raise TaxonomyError(f"{at}: unknown form {form!r}. The forms are: {', '.join(FORMS)}.")
-        if not isinstance(entries, list):
-            raise TaxonomyError(f"{at}: {form!r} must be a list of pairs, each with 'positive' and 'negative'.")
-        twins: list[Pair] = []
-        for number, entry in enumerate(entries):
-            where = f"{path}:{rows.get((form, number), lines.get('pairs', 1))}"
-            if not isinstance(entry, dict) or set(entry) != {"positive", "negative"}:
-                raise TaxonomyError(f"{where}: a pair holds exactly 'positive' and 'negative'.")
-            if not all(isinstance(text, str) and text.strip() for text in entry.values()):
-                raise TaxonomyError(f"{where}: both twins must be texts that are not empty. Quote a text that holds a colon.")
-            if entry["positive"] == entry["negative"]:
-                raise TaxonomyError(f"{where}: the twins are the same text; the negative one must act against the value.")
-            twins.append(Pair(entry["positive"], entry["negative"]))
-        checked[form] = tuple(twins)
-    return checked
+            yield line, f"unknown form {form!r}. The forms are: {', '.join(FORMS)}."
+        elif not isinstance(entries, list):
+            yield line, f"{form!r} must be a list of pairs, each with 'positive' and 'negative'."
+        else:
+            for number, entry in enumerate(entries):
+                if problem := _twins_problem(entry):
+                    yield rows.get((form, number), line), problem
+
+
+def _twins_problem(entry: Any) -> str | None:
+    if not isinstance(entry, dict) or set(entry) != {"positive", "negative"}:
+        return "a pair holds exactly 'positive' and 'negative'."
+    if not all(isinstance(text, str) and text.strip() for text in entry.values()):
+        return "both twins must be texts that are not empty. Quote a text that holds a colon."
+    if entry["positive"] == entry["negative"]:
+        return "the twins are the same text; the negative one must act against the value."
+    return None
 
 
 def read_concerns(path: Path) -> list[Concern]:

@@ -25,7 +25,8 @@ import vispa_graph
 from vispa_graph import cli
 from vispa_graph.engine.contract import Contrast, Method, Reading, Solver
 from vispa_graph.engine.fake import FakeEngine
-from vispa_graph.errors import NonFiniteError
+from vispa_graph.engine.folder import is_fetched
+from vispa_graph.errors import ModelNotFoundError, NonFiniteError
 from vispa_graph.graph import create_graph
 from vispa_graph.settings import Distribution, Settings
 from vispa_graph.state import MODES, Output
@@ -84,10 +85,10 @@ def refused(result, *fragments):
     return True
 
 
-def start(*arguments):
+def start(*arguments, stdin=None, stdout=subprocess.PIPE):
     """Python as a process of its own, with this vispa_graph and the settings of the tests."""
     environment = os.environ | {"PYTHONPATH": str(Path(vispa_graph.__file__).parents[1])}
-    return subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen([sys.executable, *arguments], stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def process(*arguments):
@@ -198,6 +199,49 @@ def test_on_a_terminal_progress_goes_to_stderr_and_bars_to_stdout(vispa):
     as_json = vispa("ask", QUERY, "--top-k", 4, "--json", env=terminal)
     assert "comments 4/4" in as_json.stderr
     assert "\x1b" not in as_json.stdout
+
+
+@pytest.mark.parametrize("fetched", [False, True])
+def test_waiting_for_a_hub_is_told_where_the_model_is_not_in_its_cache(monkeypatch, tmp_path, fetched):
+    def load(*_, **__):
+        raise ModelNotFoundError("There is no network.")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("vispa_graph.engine.huggingface.HuggingFaceEngine.load", load)
+    if fetched:
+        cached(tmp_path, "model.safetensors")
+    result = run("check", "someone/some-model", env={"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "100"})
+    assert "There is no network." in result.stderr
+    assert ("fetching someone/some-model from the hub" in result.stderr) is not fetched
+
+
+@pytest.mark.parametrize(
+    ("files", "whole"),
+    [
+        ({}, False),
+        ({"config.json": "{}"}, False),
+        ({"model.safetensors": ""}, True),
+        ({"model.safetensors.index.json": '{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}', "1.safetensors": ""}, False),
+        ({"model.safetensors.index.json": '{"weight_map": {"a": "1.safetensors"}}', "1.safetensors": ""}, True),
+        ({"model.safetensors.index.json": "{", "1.safetensors": ""}, False),
+    ],
+)
+def test_a_model_counts_as_fetched_once_all_its_weights_are_in_the_cache(monkeypatch, tmp_path, files, whole):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name, content in files.items():
+        cached(tmp_path, name, content)
+    assert is_fetched("someone/some-model") is whole
+    assert not is_fetched("someone/some-model", "another-revision")
+    assert not is_fetched("no name")
+    assert is_fetched(str(tmp_path))
+
+
+def cached(folder, name, content=""):
+    """A file of a model in a cache of the hub's making."""
+    model = folder / "models--someone--some-model"
+    for file, text in ((model / "refs" / "main", "abc"), (model / "snapshots" / "abc" / name, content)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
 
 
 def test_what_a_model_says_cannot_steer_the_terminal(vispa, engine):
@@ -630,6 +674,19 @@ def test_bad_input_ends_with_exit_code_2_and_a_message(vispa, engine, arguments,
 @pytest.mark.parametrize(("stdin", "fragment"), [(b"", "the text is blank"), (b" \n", "the text is blank"), (b"\xff\xfe", "not UTF-8")])
 def test_stdin_without_a_readable_query_is_refused(vispa, command, stdin, fragment):
     assert refused(vispa(*command, stdin=stdin), "vispa: stdin", fragment)
+
+
+@pytest.mark.parametrize("command", [["ask", "-"], ["values", "--query", "-"]])
+def test_on_a_terminal_it_is_said_that_stdin_is_waited_for(command):
+    keyboard, terminal = os.openpty()
+    with start("-m", "vispa_graph", *command, stdin=terminal) as child:
+        first = child.stderr.readline()
+        os.write(keyboard, b"\n\x04")
+        output, rest = child.communicate(timeout=60)
+    os.close(keyboard)
+    os.close(terminal)
+    assert first.startswith("vispa: waiting for the text on stdin; end it with Ctrl-D")
+    assert (child.returncode, output, rest) == (2, "", "vispa: stdin: the text is blank. Write it out.\n")
 
 
 def closing(stream):

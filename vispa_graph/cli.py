@@ -533,7 +533,7 @@ def _check_model(model: str) -> dict[str, Any]:
 
     with progress() as show:
         show("loading the model")
-        with closing(Resources(settings)) as resources:
+        with closing(Resources(settings, progress=show)) as resources:
             return cast("HuggingFaceEngine", resources.engine).describe()
 
 

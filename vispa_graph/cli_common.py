@@ -92,6 +92,8 @@ def read_query(text: str) -> str:
         return text
     if sys.stdin is None:
         raise Refused("stdin is closed, so no text can be read from it. Give the text as an argument, or pipe it in.")
+    if on_a_terminal():
+        click.echo("vispa: waiting for the text on stdin; end it with Ctrl-D on a line of its own (Ctrl-Z and Enter on Windows).", err=True)
     try:
         query = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -99,6 +101,11 @@ def read_query(text: str) -> str:
     if not query.strip():
         raise Refused("stdin: the text is blank. Write it out.")
     return query
+
+
+def on_a_terminal() -> bool:
+    """Whether somebody could type what is read from stdin."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 # Traces
@@ -166,8 +173,8 @@ def progress() -> Iterator[Show]:
             if what != stage:  # each stage has its own clock
                 stage = what
                 progress.reset(task)
-            count = "" if total is None else f" {done}/{total}"
-            progress.update(task, description=f"{what}{count}", completed=done, total=total)
+            count = f" {done}/{total}" if total else ""
+            progress.update(task, description=f"{what}{count}", completed=done, total=total or None)
 
         yield show
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from vispa_graph.cli_common import (
     bioethics_option,
     json_option,
     load_taxonomy,
+    on_a_terminal,
     open_console,
     print_facts,
     print_json,
@@ -158,7 +158,7 @@ def new(folder: Path, **given: str | None) -> None:
 
     asked = {"value_id": "Id", "name": "Name", "family": "Family", "source": "Source", "definition": "Definition"}
     missing = [name for name in asked if not (given[name] or "").strip()]
-    if missing and not _on_a_terminal():
+    if missing and not on_a_terminal():
         options = ", ".join("--" + name.removeprefix("value_") for name in missing)
         raise click.UsageError(f"Give {options}: without a terminal nothing is asked for.")
     answers = {name: (given[name] or "").strip() or click.prompt(question, err=True).strip() for name, question in asked.items()}
@@ -173,10 +173,6 @@ def new(folder: Path, **given: str | None) -> None:
     except FileExistsError:
         raise Refused(f"{path}: the file is there already, and stays as it is. Choose another id, or edit the file.") from None
     click.echo(f"{path}: fill in facets and pairs, then run `vispa values check {folder}`.")
-
-
-def _on_a_terminal() -> bool:
-    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _of_family(values: Sequence[Value], family: str | None) -> list[Value]:

@@ -67,7 +67,7 @@ class Resources:
         taxonomy: Likewise a taxonomy.
         main_llm: The chat model that aggregates; None for the local model, unsteered.
         scrubber: Takes identifiers out of the texts that traces hold where `trace_content` is set.
-        progress: Called with (what, done, total) while directions are fitted.
+        progress: Called with (what, done, total) while the model is fetched or loaded, and directions are fitted; a total of 0 is unknown.
     """
 
     def __init__(
@@ -296,9 +296,12 @@ class Resources:
 
         if self._closed:
             raise EngineClosedError(_CLOSED)
-        if self._progress:
-            self._progress("loading the model", 0, 0)
         s = self.settings
+        if self._progress:
+            from vispa_graph.engine.folder import is_fetched
+
+            here = is_fetched(self._model_folder, s.revision)
+            self._progress("loading the model" if here else f"fetching {s.model} from the hub", 0, 0)
         engine = HuggingFaceEngine.load(
             self._model_folder,
             name=_EMBEDDED_NAME if s.model == EMBEDDED else s.model,

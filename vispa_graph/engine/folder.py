@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -22,3 +23,23 @@ def find_model(model: str) -> str:
     if not os.path.isfile(folder / "config.json"):
         raise ModelNotFoundError(f"The folder {model} holds no config.json, so it is no saved model. Give the folder that save_pretrained wrote.")
     return str(folder)
+
+
+def is_fetched(model: str, revision: str | None = None) -> bool:
+    """Whether the weights of a model are on this machine, in a folder or whole in the hub's cache."""
+    if os.path.isdir(os.path.expanduser(model)):
+        return True
+    from huggingface_hub import try_to_load_from_cache  # costs a fraction of a second; only here
+
+    def cached(file: str) -> str | None:
+        found = try_to_load_from_cache(model, file, revision=revision)
+        return found if isinstance(found, str) else None
+
+    try:
+        if cached("model.safetensors"):
+            return True
+        index = cached("model.safetensors.index.json")
+        parts = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values() if index else []
+    except (OSError, ValueError, KeyError):  # no name that a hub would take, or a damaged index
+        return False
+    return bool(parts) and all(cached(part) for part in set(parts))

@@ -36,9 +36,17 @@ def test_everything_given_is_kept():
     assert door["asked"] == ["karma", "Honor"]
 
 
-def test_none_and_blank_texts_count_as_not_given():
-    door = check_input({"query": QUERY, "mode": None, "attribute": " ", "population": None, "options": None, "values": None})
+def test_none_counts_as_not_given():
+    door = check_input({"query": QUERY, "mode": None, "attribute": None, "population": None, "options": None, "values": None})
     assert (door["mode"], door["attribute"], door["asked"]) == ("overton", None, None)
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n\t", "\u2003"])
+@pytest.mark.parametrize("key", ["attribute", "population"])
+@pytest.mark.parametrize("mode", [None, *MODES])
+def test_a_blank_input_is_refused_by_name_in_every_mode_instead_of_deciding_it(key, blank, mode):
+    with pytest.raises(InputError, match=rf"^'{key}' is blank\. Write it out or leave it out\.$"):
+        check_input({"query": QUERY, "mode": mode, "options": ["Yes", "No"], key: blank})
 
 
 BAD = [

@@ -150,9 +150,12 @@ def check_input(data: Mapping[str, Any]) -> Door:
     if not isinstance(data, Mapping):
         raise InputError('The input must be a mapping such as {"query": "..."}.')
     query = _text(data, "query")
-    if query is None:
+    if not query:
         raise EmptyQueryError('The query is empty or missing. Give a question or a situation as {"query": "..."}.')
     attribute, population = _text(data, "attribute"), _text(data, "population")
+    for key, text in (("attribute", attribute), ("population", population)):
+        if text == "":
+            raise InputError(f"{key!r} is blank. Write it out or leave it out.")
     options = _texts(data, "options")
     if options is not None:
         options = check_options(options)
@@ -234,7 +237,7 @@ def _text(data: Mapping[str, Any], key: str) -> str | None:
         return None
     if not isinstance(value, str):
         raise InputError(f"{key!r} must be text, not {type(value).__name__}.")
-    return _encodable(value, key).strip() or None
+    return _encodable(value, key).strip()
 
 
 def _texts(data: Mapping[str, Any], key: str) -> list[str] | None:

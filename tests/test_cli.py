@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+import anyio
 import click
 import pytest
 from click.testing import CliRunner
@@ -906,6 +907,16 @@ def test_a_reader_that_goes_away_is_no_error_worth_a_stack_trace(arguments):
     assert errors == ""
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["values"], ["values", "--json"], ["values", "power"], ["ask", "--help"], ["--version"]])
+def test_a_stdout_that_is_full_is_told_in_one_line_with_exit_code_1(monkeypatch, arguments, unbuffered):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    with open("/dev/full", "w") as full, start("-m", "vispa_graph", *arguments, stdout=full) as child:
+        _, errors = child.communicate()
+    assert (child.returncode, errors) == (1, "vispa: the output cannot be written: No space left on device. Check the space left where it goes.\n")
+
+
 # Layers
 
 
@@ -930,6 +941,8 @@ def served(monkeypatch):
 
     def serve(server, port, token, ready):
         found.update(server=server.name, port=port, token=token)
+        listed = anyio.run(server.call_tool, "list_values", {}).structured_content["values"]
+        found["values"] = [value["id"] for value in listed]
         ready(f"http://127.0.0.1:{port}/mcp")
 
     monkeypatch.setattr("vispa_graph.mcp_server.serve_http", serve)
@@ -939,9 +952,16 @@ def served(monkeypatch):
 def test_a_token_that_is_given_is_used_and_not_shown(vispa, served, monkeypatch):
     monkeypatch.setenv("VISPA_MCP_TOKEN", "my secret")
     done = vispa("mcp", "--http", "8765")
-    assert served == {"server": "vispa", "port": 8765, "token": "my secret"}
+    assert {key: served[key] for key in ("server", "port", "token")} == {"server": "vispa", "port": 8765, "token": "my secret"}
     assert done.stdout == ""
     assert done.stderr == "vispa: serving on http://127.0.0.1:8765/mcp\n"
+
+
+def test_the_taxonomy_that_is_served_is_chosen_as_for_a_question(vispa, served, own_values):
+    assert vispa("mcp", "--http", "0", "--bioethics", "--values", own_values).exit_code == 0
+    assert served["values"] == [*Taxonomy.load(bioethics=True).ids, "tidiness"]
+    assert vispa("mcp", "--http", "0").exit_code == 0
+    assert served["values"] == list(Taxonomy.load().ids)
 
 
 def test_a_token_that_is_not_given_is_made_up_and_shown(vispa, served):

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 from importlib.util import find_spec
@@ -80,6 +81,18 @@ DISTRIBUTIONS = ("comments", "direct", "decoding")
 class Commands(click.Group):
     """A group whose commands end with a message instead of a stack trace."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run as a program; output that cannot be written, as to a full disk, ends it with one line and exit code 1."""
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            if not _in_output(error):
+                raise
+            with suppress(OSError):
+                click.echo(f"vispa: the output cannot be written: {error.strerror or error}. Check the space left where it goes.", err=True)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again at exit, with a message and an exit code of its own
+            sys.exit(1)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; every failure the user can mend becomes `Refused`."""
         for stream in (sys.stdout, sys.stderr):
@@ -95,11 +108,17 @@ class Commands(click.Group):
             click.echo(_farewell(ctx), err=True)
             ctx.exit(130)
         except OSError as error:
-            if error.errno == errno.EPIPE:  # click ends quietly
+            if error.errno == errno.EPIPE or _in_output(error):  # click ends quietly, `main` with a line
                 raise
             error = getattr(error, "original", error)  # without the words that traces must not hold
             place = f"{error.filename}: " if error.filename else ""
             raise Refused(f"{place}{error.strerror or error}. Check the path, its permissions and the space left.") from error
+
+
+def _in_output(error: BaseException) -> bool:
+    """Whether an error came from printing, and not from a file: from the stream itself, which has no frame, as click or rich called it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals.get("__name__", "").partition(".")[0] in ("click", "rich")
 
 
 def _farewell(ctx: click.Context) -> str:
@@ -399,6 +418,7 @@ def graph_command(output: Path | None, review: bool, as_json: bool) -> None:
 @click.option("--top-k", type=int, help="How many values are heard at most; 6 by default.")
 @_model_options
 @values_option
+@bioethics_option
 def mcp(
     port: int | None,
     token: str | None,
@@ -407,6 +427,7 @@ def mcp(
     method: str | None,
     layers: tuple[float, ...] | None,
     values: tuple[Path, ...],
+    bioethics: bool,
 ) -> None:
     """Serve the graph to MCP clients: tools to ask, to list values and to explain a run. Needs vispa_graph[mcp].
 
@@ -428,7 +449,8 @@ def mcp(
     end_tracing_with_the_process()
     for number in (signal.SIGINT, signal.SIGTERM):  # how a server over HTTP ends
         _leave_at_once(click.get_current_context(), number, send_traces)
-    with closing(Resources(settings_with_model(model=model, method=method, layers=layers, values=values, top_k=top_k))) as resources:
+    settings = settings_with_model(model=model, method=method, layers=layers, values=values, bioethics=bioethics, top_k=top_k)
+    with closing(Resources(settings)) as resources:
         server = create_server(resources)
         try:
             if port is None:

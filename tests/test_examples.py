@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -202,6 +203,15 @@ def test_the_python_of_the_readme_that_needs_no_download_runs_as_it_stands(run, 
     (tmp_path / "my_values" / "patience.yaml").write_text((ROOT / "tests" / "data" / "values" / "patience.yaml").read_text())
     (tmp_path / "readme.py").write_text("\n".join(runnable))
     run(str(tmp_path / "readme.py"))
+
+
+def test_no_snippet_of_the_readme_gives_another_s_name_a_new_meaning():
+    given = [
+        {node.id for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)} for block in blocks("python")
+    ]
+    names = [name for block in given for name in block]
+    assert "graph" in names
+    assert sorted(names) == sorted(set(names))
 
 
 def test_the_value_file_of_the_readme_is_read_as_it_stands(tmp_path):

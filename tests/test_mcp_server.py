@@ -307,6 +307,31 @@ def test_what_was_traced_is_sent_before_the_server_ends(cache, way):
         assert QUERY.encode() not in collector.bytes
 
 
+# Progress
+
+
+@pytest.mark.parametrize(
+    ("given", "comments"),
+    [({"options": ["Yes", "No"]}, 0), ({"options": ["Yes", "No"], "attribute": "karma"}, 2), ({}, 2)],
+    ids=["distributional", "steerable", "overton"],
+)
+@pytest.mark.parametrize("distribution", ["comments", "direct", "decoding"])
+def test_progress_counts_the_steps_that_a_run_has_and_ends_with_the_last(make_resources, given, comments, distribution):
+    if distribution == "comments":
+        comments = 2
+    steps = []
+
+    async def seen(done, total, message):
+        steps.append((done, total))
+
+    async def run():
+        async with Client(create_server(make_resources(distribution=distribution))) as client:
+            await client.call_tool("ask", {"query": QUERY, "values": ["karma", "honor"], **given}, progress_callback=seen)
+
+    anyio.run(run)
+    assert steps == [(0, None), *((done, comments + 2) for done in range(1, comments + 3))]
+
+
 # Memory
 
 

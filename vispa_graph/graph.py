@@ -96,12 +96,17 @@ def create_graph(
     return PluralGraph.opened(builder.compile(checkpointer=checkpointer, name="vispa"), resources)
 
 
+def makes_comments(mode: Mode, settings: Settings) -> bool:
+    """Whether a run in this mode makes comments: a distribution may be read without any."""
+    return mode != "distributional" or settings.distribution == "comments"
+
+
 def one_task_per_value(state: State, config: RunnableConfig, *, resources: Resources) -> list[Send] | str:
     """A steer task for every selected value. All get the same prompt: only the activations differ.
 
     A distribution that is read without comments needs none.
     """
-    if state["mode"] == "distributional" and resources.settings.distribution != "comments":
+    if not makes_comments(state["mode"], resources.settings):
         return "distributional"
     attribute = read_attribute(state["attribute"] or "")
     if state["mode"] == "steerable" and attribute.kind == "vrd":

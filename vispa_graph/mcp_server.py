@@ -24,10 +24,10 @@ from pydantic import Field, ValidationError
 
 from vispa_graph import __version__
 from vispa_graph.errors import SettingsError, VispaError
-from vispa_graph.graph import PluralGraph, create_graph
+from vispa_graph.graph import PluralGraph, create_graph, makes_comments
 from vispa_graph.resources import Resources
 from vispa_graph.select import select_values
-from vispa_graph.state import Input, Mode, Output, State
+from vispa_graph.state import Input, Mode, Output, State, check_input
 from vispa_graph.tool import DESCRIPTION, answer_text, explain_arguments
 
 HOST = "127.0.0.1"
@@ -255,12 +255,13 @@ async def _follow(graph: PluralGraph, given: Input, config: RunnableConfig, cont
     """The output of a run, its steps reported as progress; their messages hold no text of the user."""
     output: Any = None
     done, total = 0, None
+    comments = makes_comments(check_input(given)["mode"], graph.resources.settings)
     await context.report_progress(0, None, "selecting values")
     async for kind, part in graph.astream(given, config, stream_mode=["updates", "custom", "values"], output_keys=graph.output_channels):
         if kind == "values":
             output = part
         elif kind == "updates" and "rerank" in part:
-            done, total = 1, len(part["rerank"]["values"]) + 2
+            done, total = 1, (len(part["rerank"]["values"]) if comments else 0) + 2
             await context.report_progress(done, total, "values selected")
         elif kind == "custom" and part.get("step") == "comment":
             done += 1

@@ -207,7 +207,8 @@ def test_the_python_of_the_readme_that_needs_no_download_runs_as_it_stands(run, 
 
 def test_no_snippet_of_the_readme_gives_another_s_name_a_new_meaning():
     given = [
-        {node.id for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)} for block in blocks("python")
+        {node.id for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        for block in blocks("python")
     ]
     names = [name for block in given for name in block]
     assert "graph" in names

@@ -97,9 +97,7 @@ def mean_distribution(ballots: Sequence[Ballot], rows: Sequence[Sequence[float] 
     return [float(p) for p in mean / mean.sum()]
 
 
-def score_locally(
-    engine: Engine, ballots: Sequence[Ballot], config: RunnableConfig | None = None
-) -> tuple[list[list[float]], list[str], list[int]]:
+def score_locally(engine: Engine, ballots: Sequence[Ballot], config: RunnableConfig | None = None) -> tuple[list[list[float]], list[str], list[int]]:
     """For each ballot the next-token probabilities of the letters, normalised, in the order of the options; notes; tokens left out of each prompt."""
     scores = _ask(engine, ballots, config)
     notes = _little([ballot.voter for ballot, s in zip(ballots, scores, strict=True) if s.mass < _LITTLE])

@@ -78,7 +78,8 @@ _NUMBERS = frozenset(
         *("input_tokens", "output_tokens", "total_tokens", "input_token_details", "output_token_details", "token_usage", "usage_metadata"),
         *("prompt_tokens", "completion_tokens", "cache_read", "cache_creation", "reasoning", "audio"),
         *("max_new_tokens", "max_tokens", "temperature", "seed", "strength", "target_probability", "layers", "magnitude", "before", "after"),
-        *("displacement", "cut_tokens", "batch_rows", "batch_width", "batch_halved", "first_token_seconds", "mass", "probabilities", "rank", "retrieved", "k", "n"),
+        *("displacement", "cut_tokens", "batch_rows", "batch_width", "batch_halved", "first_token_seconds"),
+        *("mass", "probabilities", "rank", "retrieved", "k", "n"),
     }
 )
 _CONTAINERS = frozenset({"metadata", "steering", "documents", "messages", "generations", "response_metadata", "input", "output", "batch_shape"})

@@ -789,7 +789,8 @@ def unloadable(monkeypatch):
         ([], {"VISPA_DEVICE": "abacus"}, ["'abacus' cannot be used", "cpu"]),
     ],
 )
-def test_what_can_be_told_without_a_model_is_refused_before_encoder_or_model_are_loaded(unloadable, arguments, env, fragments):
+def test_what_can_be_told_without_a_model_is_refused_before_encoder_or_model_are_loaded(unloadable, monkeypatch, arguments, env, fragments):
+    monkeypatch.setitem(sys.modules, "vispa_graph.engine.huggingface", None)  # importing it, and with it transformers, would fail
     assert refused(run("ask", QUERY, *arguments, env=env), *fragments)
     if "--value" not in arguments:
         assert refused(run("fit", *arguments, env=env), *fragments)

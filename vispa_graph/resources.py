@@ -173,15 +173,22 @@ class Resources:
         Raises:
             LayerError, ModelNotFoundError, NotCausalError, SettingsError: Says which.
         """
-        from vispa_graph.engine.huggingface import check_choices
+        from vispa_graph.engine.checks import check_device
+        from vispa_graph.engine.folder import depth_of
+        from vispa_graph.engine.layers import check_layers
 
         if not self._owns_engine:
             return
         s = self.settings
-        layers = s.layers if s.strength else None  # which nothing is steered at
-        check_choices(
-            self._model_folder, layers, device=s.device, device_map=s.device_map, revision=s.revision, trust_remote_code=s.trust_remote_code
-        )
+        if s.device_map is None:
+            check_device(s.device)
+        depth = depth_of(self._model_folder)
+        if depth is None:
+            from vispa_graph.engine.huggingface import configured_depth  # imports transformers, which costs seconds
+
+            depth = configured_depth(self._model_folder, revision=s.revision, trust_remote_code=s.trust_remote_code)
+        if depth is not None and s.layers is not None and s.strength:
+            check_layers(s.layers, depth)
 
     def steering(self, value: str) -> Steering | None:
         """The steering toward a value; None where the strength is 0.

@@ -9,10 +9,23 @@ import torch
 from torch import nn
 
 from vispa_graph.engine.layers import block_output
-from vispa_graph.errors import NonFiniteError, NotCausalError, UnsteerableModelError
+from vispa_graph.errors import NonFiniteError, NotCausalError, SettingsError, UnsteerableModelError
 
 # Gives the logits [rows, steps, vocabulary] of two steps after some prompts; with True over one shared reading of each prompt.
 Steps: TypeAlias = Callable[[Sequence[Sequence[int]], bool], torch.Tensor]
+
+
+def check_device(device: str) -> None:
+    """Check that tensors can be put on a device.
+
+    Raises:
+        SettingsError: There is no such device.
+    """
+    try:
+        torch.empty(1, device=torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0][:160]
+        raise SettingsError(f"The device {device!r} cannot be used ({reason}). Choose another, such as cpu.") from error
 
 
 def check_steerable(model: Any, blocks: nn.ModuleList) -> None:

@@ -25,6 +25,16 @@ def find_model(model: str) -> str:
     return str(folder)
 
 
+def depth_of(folder: str) -> int | None:
+    """The number of decoder blocks where the configuration in a model's folder tells it in so many words; else None."""
+    try:
+        config = json.loads((Path(os.path.expanduser(folder)) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    depth = config.get("num_hidden_layers") if isinstance(config, dict) else None
+    return depth if isinstance(depth, int) else None
+
+
 def is_fetched(model: str, revision: str | None = None) -> bool:
     """Whether the weights of a model are on this machine, in a folder or whole in the hub's cache."""
     if os.path.isdir(os.path.expanduser(model)):

@@ -24,7 +24,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from vispa_graph.engine.batching import Batcher, Job, as_ours
 from vispa_graph.engine.cache import copies_itself, expect, roomy_cache
-from vispa_graph.engine.checks import check_batching, check_steerable, difference, sharing_problem, tolerance
+from vispa_graph.engine.checks import check_batching, check_device, check_steerable, difference, sharing_problem, tolerance
 from vispa_graph.engine.contract import Direction, Floats, Generation, GenerationRequest, Message, ScoreRequest, Scores
 from vispa_graph.engine.folder import find_model
 from vispa_graph.engine.hooks import BatchPlan, Hooks
@@ -187,7 +187,7 @@ class HuggingFaceEngine:
                 "device_map needs the package accelerate, which is not installed. Install it (pip install accelerate), or give a device."
             )
         if device_map is None:
-            _check_device(device)
+            check_device(device)
         common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         config = _read_config(model, **common)
         with quiet():
@@ -715,34 +715,14 @@ class _Always(LogitsProcessor):
         return only
 
 
-def check_choices(
-    model: str,
-    layers: Sequence[float] | None,
-    *,
-    device: str = "cpu",
-    device_map: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> None:
-    """Refuse what could not be loaded or steered, as far as this machine and the model's configuration tell. Loads nothing.
+def configured_depth(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
+    """The number of decoder blocks in a model's configuration, which is all that is read; None where it does not tell.
 
     Raises:
-        LayerError: A layer the model does not have.
         ModelNotFoundError, NotCausalError, SettingsError: See `HuggingFaceEngine.load`.
     """
-    if device_map is None:
-        _check_device(device)
     config = _read_config(find_model(model), revision=revision, trust_remote_code=trust_remote_code)
-    depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-    if layers is not None and depth is not None:
-        check_layers(layers, depth)
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(1, device=torch.device(device))
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(f"The device {device!r} cannot be used ({_first_line(error)}). Choose another, such as cpu.") from error
+    return getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
 
 
 def _read_config(model: str, **options: Any) -> Any:

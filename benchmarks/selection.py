@@ -23,6 +23,7 @@ from rich.table import Table
 from vispa_graph.resources import Resources
 from vispa_graph.settings import Settings
 from vispa_graph.taxonomy_index import Hit
+from vispa_graph.taxonomy_index.encoder import Floats
 from vispa_graph.taxonomy_index.index import OWN
 from vispa_graph.taxonomy_index.selection import CANDIDATES, Selected, choose, vote
 
@@ -54,9 +55,13 @@ def ndcg(order: Sequence[str], grade: dict[str, int]) -> float:
     return gain / ideal
 
 
-def hide_look_alikes(hits: Sequence[Hit]) -> list[Hit]:
-    """The hits without every text about situations that is near the query; a value's own definition and facets stay."""
-    return [hit for hit in hits if hit.score <= LOOK_ALIKE or hit.phrase.kind in ("definition", "facet")]
+def hide_look_alikes(hits: Sequence[Hit], cosines: Floats) -> list[Hit]:
+    """The hits without every text about situations that is near the query; a value's own definition and facets stay.
+
+    Args:
+        cosines: Of all phrases to the query, [phrases], in plain MiniLM's space: texts that say the same, not those that put the same at stake.
+    """
+    return [hit for hit in hits if cosines[hit.row] <= LOOK_ALIKE or hit.phrase.kind in ("definition", "facet")]
 
 
 def main() -> None:
@@ -73,6 +78,8 @@ def main() -> None:
     popular = [value for value, _ in tally.most_common(K)]
     hits = {s["id"]: index.search(s["text"], len(index.phrases)) for s in chosen}
     vectors = {s["id"]: encoder.encode([s["text"]])[0] for s in chosen}
+    with Console(stderr=True).status("encoding all phrases without the adapter, which takes minutes"):
+        said = encoder.encode([phrase.text for phrase in index.phrases])
 
     def by_cosine(texts: Sequence[str]) -> Order:
         encoded = encoder.encode(texts)
@@ -106,7 +113,7 @@ def main() -> None:
         "cosine to the definition": by_cosine([value.definition for value in taxonomy]),
         "facets only": by_facets,
         "default": lambda s: names(voted(hits[s["id"]])),
-        f"default, look-alikes above {LOOK_ALIKE} hidden": lambda s: names(voted(hide_look_alikes(hits[s["id"]]))),
+        f"default, look-alikes above {LOOK_ALIKE} hidden": lambda s: names(voted(hide_look_alikes(hits[s["id"]], said @ vectors[s["id"]]))),
         "default, diversity 0.3": diverse,
     } | {selector: by_model(selector) for selector in arguments.selector}
     table = Table(title=f"Selection on the {arguments.half} half ({len(chosen)} situations)")
@@ -142,7 +149,7 @@ def main() -> None:
     times: dict[str, list[float]] = {"encoding": [], "search": [], "the rest": []}
     for situation in chosen:
         started = time.perf_counter()
-        vector = encoder.encode([situation["text"]])
+        vector = index.encoder.encode([situation["text"]])
         encoded = time.perf_counter()
         found = index.search_vector(vector, CANDIDATES)
         searched = time.perf_counter()

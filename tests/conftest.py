@@ -58,16 +58,23 @@ def encoder():
 
 
 @pytest.fixture(scope="session")
+def value_encoder():
+    """The same with the adapter for the values at stake."""
+    return SentenceEncoder(adapted=True)
+
+
+@pytest.fixture(scope="session")
 def word_encoder():
     return WordEncoder()
 
 
 @pytest.fixture
-def make_resources(cache, taxonomy, encoder):
+def make_resources(cache, taxonomy, encoder, value_encoder):
     """Resources on a fake engine, with the settings given."""
 
     def make(*, engine=None, main_llm=None, **settings):
-        return Resources(Settings(**settings), engine=engine or FakeEngine(), encoder=encoder, taxonomy=taxonomy, main_llm=main_llm)
+        parts = {"encoder": encoder, "value_encoder": value_encoder, "taxonomy": taxonomy}
+        return Resources(Settings(**settings), engine=engine or FakeEngine(), main_llm=main_llm, **parts)
 
     return make
 

@@ -48,10 +48,10 @@ def test_a_pushed_row_reaches_its_probability_at_the_header_in_every_steered_blo
             assert logit > 0.4 - 1e-3, "P0 is drawn from .6 to .99; a state that is there already is left alone"
 
 
-def test_a_comment_is_marked_with_a_value_only_where_the_text_before_it_shows_one():
+def test_a_comment_that_speaks_for_a_value_is_marked_with_it_so_that_it_can_be_steered_toward():
     grammar = Grammar(Taxonomy.load(), seed=3)
     for _ in range(20):
         assert grammar.value_in_question()[-1].value in grammar.positives
         assert grammar.value_then_comment()[-1].value in grammar.positives
-        assert grammar.bare_value_comment()[-1].value is None
+        assert grammar.bare_value_comment()[-1].value in grammar.positives
         assert grammar.neutral_comment()[-1].value is None

@@ -45,7 +45,7 @@ class Segment:
     """A stretch of a document: raw text, a user turn or an assistant turn, and its weight in the loss.
 
     Attributes:
-        value: Of a comment, the value that the text before it shows; None where nothing does.
+        value: Of a comment, the value it speaks for, toward which it may be steered in training; None where it shall not be.
     """
 
     role: Role
@@ -120,11 +120,11 @@ class Grammar:
         self.positives = {v.id: [p.positive for form in v.pairs.values() for p in form[:-held_out_pairs]] for v in self.values}
         self.negatives = {v.id: [p.negative for form in v.pairs.values() for p in form[:-held_out_pairs]] for v in self.values}
         self.kinds: list[tuple[float, Callable[[], list[Segment]]]] = [
-            (0.25, self.value_then_comment),
-            (0.29, self.value_in_question),
-            (0.08, self.named_value),
-            (0.03, self.neutral_comment),
-            (0.18, self.bare_value_comment),
+            (0.14, self.value_then_comment),
+            (0.20, self.value_in_question),
+            (0.05, self.named_value),
+            (0.05, self.neutral_comment),
+            (0.39, self.bare_value_comment),
             (0.02, self.opposed_then_neutral),
             (0.05, self.run_of_value),
             (0.01, self.run_of_opposed),
@@ -275,11 +275,11 @@ class Grammar:
         return [self.question(situation), Segment("assistant", self.comment("neutral", situation), COMMENT)]
 
     def bare_value_comment(self) -> list[Segment]:
-        """A comment from any value without a hint before it: the value is then open, and a small push decides it."""
+        """A comment from any value without a hint before it: the value is open unless the row is steered, which then alone tells it."""
         situation = self.situation()
         at_stake = [value for value in situation.central + situation.relevant if value in self.positives]
         value = self.random.choice(at_stake) if at_stake and self.random.random() < 0.3 else self.value()
-        return [self.question(situation), Segment("assistant", self.comment(value, situation), COMMENT)]
+        return [self.question(situation), Segment("assistant", self.comment(value, situation), COMMENT, value)]
 
     def opposed_then_neutral(self) -> list[Segment]:
         """A sentence against a value, then a neutral comment: the negative twins are not the value."""

@@ -1,4 +1,4 @@
-"""Write the labelled situations of training/content into the package, where they help to select values.
+"""Write the graded situations of training/content into the package, where they help to select values.
 
 python -m training.situations
 """
@@ -12,14 +12,15 @@ import yaml
 from training.grammar import CONTENT
 from vispa_graph.taxonomy_index.taxonomy import SITUATIONS
 
+GRADED = CONTENT / "graded"
 
-def labelled() -> list[tuple[str, list[str], list[str]]]:
-    """Text, central and relevant values of every situation that has labels, each text once."""
+
+def graded() -> list[tuple[str, list[str], list[str]]]:
+    """Text, central and relevant values of every graded situation, each text once."""
     found: dict[str, tuple[str, list[str], list[str]]] = {}
-    for path in sorted((CONTENT / "situations").glob("free_*.yaml")):
+    for path in sorted(GRADED.glob("*.yaml")):
         for entry in yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader):
-            if "central" in entry:
-                found.setdefault(entry["text"], (entry["text"], entry["central"], entry["relevant"]))
+            found.setdefault(entry["text"], (entry["text"], entry["central"], entry["relevant"]))
     return list(found.values())
 
 
@@ -33,7 +34,7 @@ def compact(situations: list[tuple[str, list[str], list[str]]]) -> str:
 
 
 def main() -> None:
-    situations = labelled()
+    situations = graded()
     SITUATIONS.write_text(compact(situations), encoding="utf-8")
     print(f"{len(situations)} situations, {SITUATIONS.stat().st_size / 1024:.0f} KiB: {SITUATIONS}")
 

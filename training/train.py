@@ -46,7 +46,7 @@ class Example(NamedTuple):
 
     Attributes:
         weights: Of each token as a target.
-        push: The value that the text before the comment shows, and the place of the comment's header.
+        push: The value that the comment speaks for, and the place of its header.
     """
 
     tokens: list[int]
@@ -153,10 +153,10 @@ def draw_nudges(nudges: list[torch.Tensor], largest: float) -> None:
 
 
 class Pushes:
-    """Steers rows of a batch as the engine would, toward the value that their text shows already.
+    """Steers rows of a batch as the engine would, toward the value of their comment.
 
-    Steered later, the model is pushed toward a value where the text shows none. It learns here to stay fluent under such pushes, not what
-    they mean: that it has from the text alone.
+    Where the text before a comment shows its value, the model learns to stay fluent under such pushes; where it does not, to say what the
+    activations alone tell it. Directions are always read from text, never learned.
 
     Args:
         layers: The blocks to steer.
@@ -194,8 +194,8 @@ class Pushes:
         """Push along these directions from now on."""
         self._directions = directions
 
-    def draw(self, pushes: Sequence[tuple[str, int] | None], random: torch.Generator, share: float = 0.5) -> None:
-        """Choose a share of the rows that show a value, and how far each is pushed (P0 from .6 to .99)."""
+    def draw(self, pushes: Sequence[tuple[str, int] | None], random: torch.Generator, share: float = 0.6) -> None:
+        """Choose a share of the rows that have a value, and how far each is pushed (P0 from .6 to .99)."""
         self._vectors.zero_()
         self._missing.fill_(-1e9)
         self._places.zero_()  # a place of an earlier, longer batch may not exist

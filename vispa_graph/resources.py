@@ -64,6 +64,7 @@ class Resources:
         settings: Chosen once for all of it.
         engine: An engine to use instead of the one the settings name; it stays the caller's to close.
         encoder: Likewise a sentence encoder.
+        value_encoder: Likewise the one that finds the values at stake; None for `encoder` where that is given.
         taxonomy: Likewise a taxonomy.
         main_llm: The chat model that aggregates; None for the local model, unsteered.
         scrubber: Takes identifiers out of the texts that traces hold where `trace_content` is set.
@@ -76,6 +77,7 @@ class Resources:
         *,
         engine: Engine | None = None,
         encoder: Encoder | None = None,
+        value_encoder: Encoder | None = None,
         taxonomy: Taxonomy | None = None,
         main_llm: BaseChatModel | None = None,
         scrubber: Scrubber | None = None,
@@ -93,6 +95,8 @@ class Resources:
         if engine is not None:
             self._made["engine"] = engine
         self.encoder: Encoder = encoder or SentenceEncoder(settings.encoder)
+        # Two questions are alike there if they put the same values at stake; two sentences say the same only in the other.
+        self.value_encoder: Encoder = value_encoder or encoder or SentenceEncoder(settings.encoder, adapted=True)
         self.taxonomy = taxonomy or Taxonomy.load(*settings.values, shipped=settings.shipped_values, bioethics=settings.bioethics)
         self._attribute_direction = lru_cache(_ATTRIBUTES)(self._find_attribute_direction)
 
@@ -111,7 +115,7 @@ class Resources:
     @property
     def index(self) -> TaxonomyIndex:
         """The taxonomy index, from the cache where it is there."""
-        return self._once("index", lambda: TaxonomyIndex.open(self.taxonomy, self.encoder, self.settings.cache))
+        return self._once("index", lambda: TaxonomyIndex.open(self.taxonomy, self.value_encoder, self.settings.cache))
 
     @property
     def made_with(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def retrieve(state: State, config: RunnableConfig, *, resources: Resources) -> d
     if state["asked"] is not None:
         return fresh | {"candidates": [], "notes": Overwrite(notes)}
     texts = _searched(read)
-    if not all(resources.encoder.fits(text) for text in texts):
+    if not all(resources.value_encoder.fits(text) for text in texts):
         text = "text" if len(read) == 1 else "text, with the earlier questions,"
         notes.append(f"The {text} is longer than the sentence encoder reads, so the values were selected by its beginning.")
     return fresh | {"candidates": _candidates(texts, config, resources), "notes": Overwrite(notes)}

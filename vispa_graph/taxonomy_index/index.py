@@ -1,7 +1,7 @@
 """The FAISS index over the phrases that point at values, built on first use and cached.
 
-A phrase is a value's definition, one of its facets, the positive twin of one of its pairs, one phrasing of a concern, or a labelled
-situation. Each points at values with a weight; a plain question points at none.
+A phrase is a value's definition, one of its facets, one phrasing of a concern, or a graded situation; of a value of one's own, at which no
+situation points, also the positive twins of its pairs. Each points at values with a weight; a plain question points at none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vispa_graph.errors import StoreError
 from vispa_graph.storage import atomic_folder
 from vispa_graph.taxonomy_index import kernel
 from vispa_graph.taxonomy_index.encoder import Encoder, Floats
-from vispa_graph.taxonomy_index.precomputed import encode_phrases
+from vispa_graph.taxonomy_index.precomputed import encode_phrases, solved
 from vispa_graph.taxonomy_index.taxonomy import Concern, Situation, Taxonomy
 from vispa_graph.taxonomy_index.vectors import search_vectors, vector_index
 
@@ -41,7 +41,7 @@ class Phrase:
     """A text that points at values.
 
     Attributes:
-        source: Id of the value or concern it belongs to; "situation" for a labelled situation.
+        source: Id of the value or concern it belongs to; "situation" for a graded situation.
         weights: How much it speaks for each value id: 1 for its own value or those that are central to it, .7 from a sentence, .5 for relevant ones.
     """
 
@@ -70,7 +70,8 @@ def phrases_of(taxonomy: Taxonomy) -> list[Phrase]:
     for value in taxonomy:
         phrases.append(Phrase(value.definition, "definition", value.id, {value.id: 1.0}))
         phrases += [Phrase(facet, "facet", value.id, {value.id: 1.0}) for facet in value.facets]
-        phrases += [Phrase(pair.positive, "sentence", value.id, {value.id: LIVED}) for pair in value.all_pairs]
+        if not value.shipped:
+            phrases += [Phrase(pair.positive, "sentence", value.id, {value.id: LIVED}) for pair in value.all_pairs]
     for concern in taxonomy.concerns:
         phrases += [Phrase(phrasing, "concern", concern.id, _weights(concern)) for phrasing in concern.phrasings]
     return phrases + [Phrase(situation.text, "situation", "situation", _weights(situation)) for situation in taxonomy.situations]
@@ -109,8 +110,9 @@ class TaxonomyIndex:
         """Embed all phrases, index them, and solve for their pull."""
         phrases = phrases_of(taxonomy)
         vectors = encode_phrases([phrase.text for phrase in phrases], encoder)
-        labels = np.array([[phrase.weights.get(value, 0.0) for value in taxonomy.ids] for phrase in phrases], dtype=np.float32)
-        pull = kernel.solve(vectors, labels, np.array([phrase.kind not in OWN for phrase in phrases]))
+        pull = solved(index_name(taxonomy, encoder))
+        if pull is None:
+            pull = solve_pull(taxonomy, vectors)
         source = np.array([phrase.source if phrase.kind in OWN else "" for phrase in phrases])
         centroids = np.stack([vectors[source == value].mean(axis=0) for value in taxonomy.ids])
         return cls(taxonomy, encoder, vector_index(vectors), pull, centroids)
@@ -122,8 +124,7 @@ class TaxonomyIndex:
         Raises:
             StoreError: The cached index is damaged or belongs to something else.
         """
-        name = hashlib.sha256(json.dumps(_key(taxonomy, encoder), sort_keys=True).encode()).hexdigest()[:24]
-        folder = cache / "index" / name
+        folder = cache / "index" / index_name(taxonomy, encoder)
         if folder.exists():
             return cls.load(taxonomy, encoder, folder)
         built = cls.build(taxonomy, encoder)
@@ -170,7 +171,7 @@ class TaxonomyIndex:
             raise StoreError(f"The index in {folder} cannot be read ({type(error).__name__}). {remedy}") from error
 
     def search(self, query: str, n: int) -> list[Hit]:
-        """The n phrases nearest to a query, best first; equal scores in the order of the taxonomy."""
+        """The n phrases nearest to a query, best first; equal scores in the order of the taxonomy, save that any of them may be left out at the end."""
         return self.search_vector(self.encoder.encode([query]), n)
 
     def search_vector(self, vector: Floats, n: int) -> list[Hit]:
@@ -188,6 +189,18 @@ class TaxonomyIndex:
         apart = (self.centroids - self.centroids.mean(axis=0))[[place[value] for value in values]]
         unit = apart / np.maximum(np.linalg.norm(apart, axis=1, keepdims=True), 1e-9)
         return np.asarray((unit @ unit.T).clip(0, 1), dtype=np.float32)
+
+
+def solve_pull(taxonomy: Taxonomy, vectors: Floats) -> Floats:
+    """The pull of a taxonomy's phrases, [phrases, values], from their vectors, [phrases, dimensions]."""
+    phrases = phrases_of(taxonomy)
+    labels = np.array([[phrase.weights.get(value, 0.0) for value in taxonomy.ids] for phrase in phrases], dtype=np.float32)
+    return kernel.solve(vectors, labels, np.array([phrase.kind not in OWN for phrase in phrases]))
+
+
+def index_name(taxonomy: Taxonomy, encoder: Encoder) -> str:
+    """What an index is kept under: a digest of all it depends on."""
+    return hashlib.sha256(json.dumps(_key(taxonomy, encoder), sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _key(taxonomy: Taxonomy, encoder: Encoder) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Vectors of the shipped phrases that come with the package: encoding thousands of them would make the first use slow.
+"""What comes with the package for the shipped phrases, their vectors and their pull: making them would take the first use minutes.
 
 `python -m training.phrase_vectors` makes the file again. A text that is not in it, or an encoder that it was not made with, is encoded.
 """
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from vispa_graph.taxonomy_index.encoder import Encoder, Floats
 
 FILE = Path(__file__).parent / "phrase_vectors.safetensors"
+PULL = "pull."
 
 
 def encode_phrases(texts: Sequence[str], encoder: Encoder) -> Floats:
@@ -34,6 +35,17 @@ def encode_phrases(texts: Sequence[str], encoder: Encoder) -> Floats:
 def digest(texts: Sequence[str]) -> npt.NDArray[np.int64]:
     """The first eight bytes of each text's SHA-256."""
     return np.array([int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True) for text in texts], dtype=np.int64)
+
+
+def solved(name: str) -> Floats | None:
+    """The pull [phrases, values] of an index of that name; None where it does not come with the package."""
+    from safetensors import safe_open
+
+    if not FILE.exists():
+        return None
+    with safe_open(FILE, framework="np") as file:
+        key = f"{PULL}{name}"
+        return np.asarray(file.get_tensor(key), dtype=np.float32) if key in file.keys() else None  # noqa: SIM118, the file is no mapping
 
 
 def _shipped(encoder: Encoder) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]:

@@ -648,7 +648,14 @@ def scrubbed(make_resources, collector):
         from vispa_graph.settings import Settings
 
         made = make_resources(engine=FakeEngine(answer=comment))
-        resources = Resources(Settings(top_k=2, **settings), engine=made.engine, encoder=made.encoder, value_encoder=made.value_encoder, taxonomy=made.taxonomy, scrubber=scrubber)
+        resources = Resources(
+            Settings(top_k=2, **settings),
+            engine=made.engine,
+            encoder=made.encoder,
+            value_encoder=made.value_encoder,
+            taxonomy=made.taxonomy,
+            scrubber=scrubber,
+        )
         with own_tracer(collector) as (config, read):
             create_graph(resources=resources).invoke(INPUTS["distributional"], config)
             return read().decode()

@@ -12,11 +12,11 @@ import numpy.typing as npt
 from vispa_graph.taxonomy_index.encoder import Floats
 
 # Chosen on the tuning half of benchmarks/data/labelled_situations.yaml (python -m benchmarks.selection --half tune).
-TEMPERATURE = 0.15
+TEMPERATURE = 0.1
 # Wider, since what a phrase leaves open is filled in from afar.
 FILLING_TEMPERATURE = 0.35
 FILLING_RIDGE = 0.3
-RIDGE = 1.0
+RIDGE = 0.3
 # Solving takes time with the third power of the phrases: more of them are represented by every so-manieth.
 EXACT_UP_TO = 8192
 LANDMARKS = 4096

@@ -21,7 +21,7 @@ from vispa_graph.taxonomy_index.encoder import Floats
 from vispa_graph.taxonomy_index.index import Hit, TaxonomyIndex
 
 # The kernel falls off fast: phrases beyond these weigh nothing.
-CANDIDATES = 200
+CANDIDATES = 100
 # A slower model judges at most so many values: all that are shipped, and the best of a larger taxonomy.
 CONSIDERED = 64
 _LIKE = {"definition": "is about", "facet": "about", "sentence": "as in", "concern": "like", "situation": "like"}

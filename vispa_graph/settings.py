@@ -128,7 +128,7 @@ class Settings(BaseSettings):
     )
     top_k: int = Field(6, ge=1, description="How many values are heard at most.")
     min_score: float = Field(
-        0.2, ge=0, le=1, description="Values that score lower are not heard; with the default reranker a probability. 0 hears top_k in any case."
+        0.1, ge=0, le=1, description="Values that score lower are not heard; with the default reranker a probability. 0 hears top_k in any case."
     )
     diversity: float = Field(
         0.0, ge=0, le=1, description="How much likeness to values chosen before counts against the score (MMR), in the Overton mode; 0 not at all."

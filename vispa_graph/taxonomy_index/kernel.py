@@ -31,7 +31,9 @@ def kernel(cosines: Floats, temperature: float = TEMPERATURE) -> Floats:
 def solve(vectors: Floats, labels: Floats, complete: npt.NDArray[np.bool_]) -> Floats:
     """The pull of each phrase on each value, [phrases, values].
 
-    A phrase of one value's own says nothing about the others. They are filled in with what the complete labels predict for it.
+    A phrase of one value's own says nothing about the others. They are filled in with what the complete labels predict for it. A phrase
+    that is labelled with all values speaks for none that it does not point at: the regression would let it make up for its neighbours, and a
+    plain question near other plain questions would put values at stake.
 
     Args:
         vectors: Unit vectors of the phrases, [phrases, dimensions].
@@ -46,7 +48,8 @@ def solve(vectors: Floats, labels: Floats, complete: npt.NDArray[np.bool_]) -> F
     for row in np.flatnonzero(~complete):
         predicted = kernel(known @ vectors[row], FILLING_TEMPERATURE) @ pull
         filled[row] = np.maximum(labels[row], predicted.clip(0, 1))
-    return _fit(vectors, filled, TEMPERATURE, RIDGE)
+    pull = _fit(vectors, filled, TEMPERATURE, RIDGE)
+    return np.where(complete[:, None] & (labels == 0), np.minimum(pull, 0), pull)
 
 
 def _fit(vectors: Floats, target: Floats, temperature: float, ridge: float) -> Floats:

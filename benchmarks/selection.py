@@ -104,7 +104,7 @@ def main() -> None:
         return names(choose(ranked, K, diversity=0.3, likeness=index.likeness(names(ranked))))
 
     def by_model(selector: str) -> Order:
-        found = Resources(Settings(reranker=selector), encoder=encoder, taxonomy=taxonomy)
+        found = Resources(Settings(reranker=selector), encoder=encoder, value_encoder=index.encoder, taxonomy=taxonomy)
         return lambda s: names(found.selector.rank(s["text"], hits[s["id"]][:CANDIDATES]))
 
     selectors: dict[str, Order] = {

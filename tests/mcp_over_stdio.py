@@ -19,5 +19,5 @@ class Printing(FakeEngine):
 
 
 vispa_graph.resources.Resources._load_engine = lambda self: Printing()
-vispa_graph.resources.SentenceEncoder = lambda model, **_: WordEncoder()
+vispa_graph.resources.SentenceEncoder = lambda *_, **__: WordEncoder()
 main()

@@ -62,7 +62,7 @@ def folder(tmp_path):
 @pytest.fixture
 def vispa(monkeypatch, word_encoder):
     """Runs a command as from a shell whose output is no terminal, with an encoder that costs nothing."""
-    monkeypatch.setattr("vispa_graph.resources.SentenceEncoder", lambda model, **_: word_encoder)
+    monkeypatch.setattr("vispa_graph.resources.SentenceEncoder", lambda *_, **__: word_encoder)
     return lambda *arguments: CliRunner().invoke(cli.main, [str(a) for a in arguments], prog_name="vispa")
 
 

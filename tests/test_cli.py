@@ -54,7 +54,7 @@ def engine(monkeypatch, word_encoder):
     fake = FakeEngine()
     monkeypatch.setattr("vispa_graph.resources.Resources._load_engine", lambda self: fake)
     monkeypatch.setattr("vispa_graph.resources.Resources.check_model", lambda self: None)
-    monkeypatch.setattr("vispa_graph.resources.SentenceEncoder", lambda model, **_: word_encoder)
+    monkeypatch.setattr("vispa_graph.resources.SentenceEncoder", lambda *_, **__: word_encoder)
     return fake
 
 

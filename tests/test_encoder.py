@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from vispa_graph.resources import Resources
 from vispa_graph.settings import Settings
-from vispa_graph.taxonomy_index import SentenceEncoder
+from vispa_graph.taxonomy_index import SentenceEncoder, Taxonomy
 from vispa_graph.taxonomy_index.encoder import ADAPTER
+from vispa_graph.taxonomy_index.index import index_name, phrases_of
+from vispa_graph.taxonomy_index.precomputed import FILE, digest, solved
 
 OPERATION = "Should my father, 84, have an operation he does not want?"
 SAME_WORDS = "How long does an operation take on a man of 84?"
@@ -50,3 +53,13 @@ def test_an_encoder_that_is_given_finds_the_values_too_unless_another_is_given_f
     resources = Resources(Settings(), taxonomy=taxonomy, **{given: word_encoder})
     assert resources.value_encoder is word_encoder
     assert (resources.encoder is word_encoder) is (given == "encoder")
+
+
+@pytest.mark.parametrize("bioethics", [False, True])
+def test_vectors_and_pull_of_all_shipped_phrases_come_with_the_package(value_encoder, bioethics):
+    taxonomy = Taxonomy.load(bioethics=bioethics)
+    texts = [phrase.text for phrase in phrases_of(taxonomy)]
+    with safe_open(FILE, framework="np") as file:
+        assert file.metadata()["encoder"] == value_encoder.fingerprint
+        assert set(digest(texts).tolist()) <= set(file.get_tensor("digests").tolist())
+    assert solved(index_name(taxonomy, value_encoder)).shape == (len(texts), len(taxonomy)), "run python -m training.phrase_vectors"

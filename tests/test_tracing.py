@@ -158,7 +158,7 @@ def test_a_score_that_fails_ends_its_run_with_the_error(make_resources):
 EXPECTED = [
     ("retrieve", "chain", [("TaxonomyRetriever", "retriever", [])]),
     ("rerank", "chain", [("ValueReranker", "retriever", [])]),
-    ("steer", "chain", [("steer confucianism", "llm", [])]),
+    ("steer", "chain", [("steer harmlessness", "llm", [])]),
     ("steer", "chain", [("steer self-direction", "llm", [])]),
     ("overton", "chain", [("summarise", "llm", [])]),
 ]
@@ -226,7 +226,7 @@ def test_langsmith_gets_the_tree_compressed_as_multipart_or_as_batch(make_graph,
         assert set(collector.paths) == {path}
         assert encoding in collector.encodings
         assert by_name(collector.tree()[0][2]) == by_name(EXPECTED)
-        steered = next(run for run in collector.runs.values() if run["name"] == "steer confucianism")
+        steered = next(run for run in collector.runs.values() if run["name"] == "steer harmlessness")
         assert steered["extra"]["metadata"]["usage_metadata"]["output_tokens"] > 0
         found = next(run for run in collector.runs.values() if run["name"] == "TaxonomyRetriever")
         assert found["outputs"]["documents"][0]["metadata"]["score"] > 0
@@ -251,10 +251,10 @@ def test_opentelemetry_gets_the_tree_as_spans(make_graph, collector):
         return [*(path(spans[span.parent_span_id]) if span.parent_span_id in spans else []), span.name]
 
     paths = {" > ".join(path(span)) for span in collector.spans}
-    assert {"vispa > steer > steer confucianism", "vispa > rerank > ValueReranker", "vispa > overton > summarise"} <= paths
-    attributes = {a.key: a.value for a in next(s for s in collector.spans if s.name == "steer confucianism").attributes}
+    assert {"vispa > steer > steer harmlessness", "vispa > rerank > ValueReranker", "vispa > overton > summarise"} <= paths
+    attributes = {a.key: a.value for a in next(s for s in collector.spans if s.name == "steer harmlessness").attributes}
     assert attributes["gen_ai.usage.output_tokens"].int_value > 0
-    assert attributes["langsmith.metadata.value"].string_value == "confucianism"
+    assert attributes["langsmith.metadata.value"].string_value == "harmlessness"
 
 
 class Scripted(GenericFakeChatModel):
@@ -363,7 +363,7 @@ def test_vispa_trace_prints_the_tree(file):
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert lines[0].startswith("vispa (chain): method:probe, mode:overton")
-    assert any(re.search(r"steer confucianism \(llm\): .* tokens, layers 2 to 6, probability 0.50 > 0.90, moved by 10%", line) for line in lines)
+    assert any(re.search(r"steer harmlessness \(llm\): .* tokens, layers 2 to 6, probability 0.50 > 0.90, moved by 10%", line) for line in lines)
     assert any(re.search(r"0\.\d\d self-direction, from place \d+ to \d+: ", line) for line in lines)
     assert lines == [line.rstrip() for line in lines]
 

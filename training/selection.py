@@ -37,6 +37,7 @@ class Adapted(nn.Module):
         self.up = nn.Parameter(torch.zeros(linear.out_features, rank))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The layer's product and the adapter's."""
         return self.linear(input) + (input @ self.down.T) @ self.up.T
 
 

@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import merge_configs
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command, Send
@@ -174,7 +173,7 @@ class PluralGraph(CompiledStateGraph[State, None, Input, Output]):
         """The checked input; None and commands, which resume a run, pass where there is one to resume."""
         resumes = data is None or isinstance(data, Command)
         checked = data if resumes else check_question(data, self.resources)
-        check_thread(data, self.checkpointer, merge_configs(self.config, config), reviews="review" in self.nodes)
+        check_thread(data, self.checkpointer, self.config, config, reviews="review" in self.nodes)
         return checked
 
     def _guarded(self, checked: Any, config: RunnableConfig | None, *, is_async: bool) -> tuple[PluralGraph, Guard]:

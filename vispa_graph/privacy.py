@@ -41,6 +41,7 @@ from vispa_graph.attributes import ATTRIBUTE
 from vispa_graph.errors import VispaError
 from vispa_graph.taxonomy_index import Taxonomy
 from vispa_graph.taxonomy_index.index import phrases_of
+from vispa_graph.threads import configurable
 
 C = TypeVar("C", bound=BaseChatModel)
 T = TypeVar("T")
@@ -412,7 +413,8 @@ class Guard(AbstractContextManager[None]):
 
     def __init__(self, redactor: Redactor | None, configs: Sequence[RunnableConfig | None], is_async: bool, joins: bool) -> None:
         self.hides = redactor is not None
-        self.config: RunnableConfig = merge_configs(*configs)
+        # Merging adds what the run around holds; a run with a thread of its own has nothing to do with that one's.
+        self.config: RunnableConfig = {**merge_configs(*configs), "configurable": configurable(*configs)}
         self._variables: list[tuple[ContextVar[Any], Any]] = []
         self._tokens: list[tuple[ContextVar[Any], Token[Any]]] = []
         if redactor is None:

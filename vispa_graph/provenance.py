@@ -31,7 +31,7 @@ def describe(resources: Resources) -> dict[str, Any]:
     settings = resources.settings.model_dump(mode="json", exclude=set(NOT_DECISIVE))
     return settings | {
         "taxonomy": resources.taxonomy.fingerprint,
-        "encoder": getattr(resources.value_encoder, "fingerprint", ""),
+        "encoder": [getattr(encoder, "fingerprint", "") for encoder in (resources.encoder, resources.value_encoder)],
         "main_llm": _model_name(resources),
         "profile": repr(resources.profile),  # what settings left at None stand for
     }

@@ -96,7 +96,8 @@ class Resources:
             self._made["engine"] = engine
         self.encoder: Encoder = encoder or SentenceEncoder(settings.encoder)
         # Two questions are alike there if they put the same values at stake; two sentences say the same only in the other.
-        self.value_encoder: Encoder = value_encoder or encoder or SentenceEncoder(settings.encoder, adapted=True)
+        adapted = encoder is None and settings.encoder == EMBEDDED
+        self.value_encoder: Encoder = value_encoder or (SentenceEncoder(adapted=True) if adapted else self.encoder)
         self.taxonomy = taxonomy or Taxonomy.load(*settings.values, shipped=settings.shipped_values, bioethics=settings.bioethics)
         self._attribute_direction = lru_cache(_ATTRIBUTES)(self._find_attribute_direction)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from vispa_graph.engine.directions import FitSettings
     from vispa_graph.engine.pairs import Prompt
 
+_log = logging.getLogger(__name__)
 _FORMAT = 2
 _MANIFEST, _SUFFIX, _ENTRIES = "manifest.json", ".safetensors", "directions"
 _READING = "reading"
@@ -227,10 +229,13 @@ class StateStore:
         return states if states.ndim == 3 and states.shape[:2] == (len(prompts), len(layers)) else None
 
     def keep(self, prompts: Sequence[Prompt], layers: Sequence[int], states: Floats) -> None:
-        """Write states [prompts, L, d]."""
+        """Write states [prompts, L, d], if that can be done: the fit goes on without, too."""
         from safetensors.numpy import save
 
-        write_atomic(self._file(prompts, layers), save({_READING: np.ascontiguousarray(states)}))
+        try:
+            write_atomic(self._file(prompts, layers), save({_READING: np.ascontiguousarray(states)}))
+        except OSError as error:  # no space, or another process that has finished removes the folder just now
+            _log.debug("States are not kept (%s).", type(error).__name__)
 
     def remove(self) -> None:
         """Remove all of it."""

@@ -18,7 +18,7 @@ FILLING_TEMPERATURE = 0.35
 FILLING_RIDGE = 0.3
 RIDGE = 0.3
 # Solving takes time with the third power of the phrases: more of them are represented by every so-manieth.
-EXACT_UP_TO = 8192
+EXACT_UP_TO = 12288
 LANDMARKS = 4096
 _BLOCK = 4096
 

@@ -198,7 +198,7 @@ class Taxonomy:
             # What the caller typed stays out of the message: a mistyped argument may hold a patient's words.
             if switched_off := _bioethics_names().get(_key(name)):
                 raise UnknownValueError(
-                    f"The value {switched_off} belongs to the bioethics family, which is not part of this taxonomy. "
+                    f"{which}, {switched_off}, belongs to the bioethics family, which is not part of this taxonomy. "
                     "Switch it on: Settings(bioethics=True), VISPA_BIOETHICS=true, or the option --bioethics."
                 ) from None
             near = difflib.get_close_matches(_key(name), list(self._names), n=3, cutoff=0.0)

@@ -263,3 +263,10 @@ def test_a_subset_keeps_the_concerns_that_point_at_it_and_nothing_else(taxonomy)
         assert set(concern.central + concern.relevant) <= {"karma", "honor"}
     pointing = [c.id for c in taxonomy.concerns if {"karma", "honor"} & set(c.central + c.relevant)]
     assert [concern.id for concern in some.concerns] == pointing
+
+
+def test_the_bioethics_family_alone_has_the_situations_that_are_graded_for_it_too():
+    alone = Taxonomy.load(shipped=False, bioethics=True)
+    assert sum(bool(situation.central) for situation in alone.situations) > 500
+    assert {value for situation in alone.situations for value in situation.central} == set(alone.ids)
+    assert any(not situation.central and not situation.relevant for situation in alone.situations)

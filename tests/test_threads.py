@@ -414,15 +414,28 @@ def test_inside_a_graph_that_keeps_nothing_a_review_is_refused(make_resources):
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_inside_another_graph_a_thread_that_is_named_is_a_thread_of_its_own(kept, make_resources):
+@pytest.mark.parametrize("bound", [False, True])
+def test_inside_another_graph_a_thread_that_is_named_is_a_thread_of_its_own(kept, bound, make_resources):
+    case = {"configurable": {"thread_id": "case 7"}}
     inner = create_graph(resources=make_resources(), checkpointer=InMemorySaver())
+    called, given = (inner.with_config(case), None) if bound else (inner, case)
     questions = iter([FIRST, FOLLOW_UP])
-    host = hosted(
-        lambda _: inner.invoke({"query": next(questions), "values": TWO}, {"configurable": {"thread_id": "case 7"}}), kept and InMemorySaver()
-    )
+    host = hosted(lambda _: called.invoke({"query": next(questions), "values": TWO}, given), kept and InMemorySaver())
     for run in "12":
         host.invoke({"n": 1}, {"configurable": {"thread_id": run}})
-    assert inner.get_state({"configurable": {"thread_id": "case 7"}}).values["turns"] == [FIRST, FOLLOW_UP]
+    assert inner.get_state(case).values["turns"] == [FIRST, FOLLOW_UP]
+
+
+def test_a_thread_may_be_named_beside_the_other_keys_of_a_configuration(make_resources):
+    graph = create_graph(resources=make_resources(), checkpointer=InMemorySaver())
+    graph.invoke({"query": FIRST, "values": TWO}, {"thread_id": "one"})
+    assert graph.get_state(THREAD).values["turns"] == [FIRST]
+
+
+def test_a_thread_that_is_none_inside_a_graph_that_keeps_its_runs_is_that_graphs(make_resources):
+    inner = create_graph(resources=make_resources(), review=True)
+    host = hosted(lambda _: inner.invoke({"query": FIRST}, {"configurable": {"thread_id": None}}), InMemorySaver())
+    assert host.invoke({"n": 1}, THREAD)["__interrupt__"]
 
 
 def test_to_take_the_checkpointer_of_a_graph_around_there_must_be_one(make_resources):

@@ -1,4 +1,4 @@
-"""Train the adapter with which the sentence encoder tells the values at stake, on the graded situations and the bank of concerns.
+"""Train the adapter with which the sentence encoder tells the values at stake, on the shipped phrases.
 
     python -m training.selection
 

@@ -181,7 +181,8 @@ class PluralGraph(CompiledStateGraph[State, None, Input, Output]):
         own = self.config or {}
         mode = [f"mode:{checked['mode']}"] if isinstance(checked, dict) else []  # a run that goes on knows it only once it runs
         tags = [*mode, f"method:{self.resources.method}"]
-        guard = self.resources.privacy.guard({"callbacks": own.get("callbacks")}, config, {"tags": tags}, is_async=is_async, joins=True)
+        bound: RunnableConfig = {"callbacks": own.get("callbacks"), "configurable": own.get("configurable") or {}}
+        guard = self.resources.privacy.guard(bound, config, {"tags": tags}, is_async=is_async, joins=True)
         bare = {key: value for key, value in own.items() if key != "callbacks"}
         return (self.copy({"config": bare}) if own.get("callbacks") else self), guard
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import ensure_config
+from langchain_core.runnables.config import CONFIG_KEYS, ensure_config
 from langgraph.errors import EmptyInputError
 from langgraph.types import Checkpointer, Command
 
@@ -25,8 +25,14 @@ _STOPS = "This graph stops for review, and without a checkpointer nothing could 
 
 def configurable(*configs: RunnableConfig | None) -> dict[str, Any]:
     """What configurations hold for a run: with those of the run around, unless they name a thread of their own."""
-    own = {key: value for config in configs if config for key, value in (config.get("configurable") or {}).items()}
-    return own if own.keys() & _THREAD else {**ensure_config().get("configurable", {}), **own}
+    own: dict[str, Any] = {}
+    for config in configs:
+        # As in LangChain, keys that no configuration has may stand beside the others.
+        own |= {key: value for key, value in (config or {}).items() if key not in CONFIG_KEYS and value is not None}
+        own |= (config or {}).get("configurable") or {}
+    if any(own.get(key) is not None for key in _THREAD):
+        return own
+    return {**ensure_config().get("configurable", {}), **{key: value for key, value in own.items() if key not in _THREAD}}
 
 
 def check_thread(data: Any, saver: Checkpointer, *configs: RunnableConfig | None, reviews: bool) -> None:

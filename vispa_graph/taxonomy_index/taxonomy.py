@@ -167,7 +167,7 @@ class Taxonomy:
                     raise TaxonomyError(
                         f"{concern.where}: concern {concern.id!r} points at the value {value_id!r}, which no file defines. Mend the id or add the value."
                     )
-        return cls(values, _pointing_at(known, concerns), _labelled_with(known, read_situations() if shipped else ()))
+        return cls(values, _pointing_at(known, concerns), _labelled_with(known, read_situations() if own else ()))
 
     def __iter__(self) -> Iterator[Value]:
         return iter(self._values.values())

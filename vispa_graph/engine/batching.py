@@ -13,6 +13,8 @@ from typing import Any, Generic, TypeVar
 from vispa_graph.errors import BatchError, DeadlineError, EngineBusyError, EngineClosedError, VispaError
 
 P = TypeVar("P")
+# How many times the linger is waited at most while more requests keep coming.
+_PATIENCE = 3
 
 
 @dataclass(eq=False)
@@ -79,8 +81,8 @@ class Batcher(Generic[P]):
     Args:
         run: Called in the worker thread with jobs of one kind; it must resolve every job. What it raises fails the jobs that are
             still open, and the worker goes on.
-        linger: Seconds to wait for more jobs once there is one, unless those that wait fill a batch already; without it, clients that ask
-            at the same time never merge.
+        linger: Seconds to wait for more jobs after the last that came, at most four times, unless those that wait fill a batch already;
+            without it, clients that ask at the same time never merge.
         capacity: Largest rows x width of a batch, in tokens; a single job may exceed it.
         queue_size: Most jobs that wait; more are refused.
         finish: Called in the worker thread when it ends.
@@ -173,9 +175,12 @@ class Batcher(Generic[P]):
         with self._changed:
             while not self._waiting and not self._closed:
                 self._changed.wait()
-            until = time.monotonic() + self._linger
+            begun, seen = time.monotonic(), len(self._waiting)
+            until = begun + self._linger
             while not self._closed and (left := until - time.monotonic()) > 0 and not self._full():
                 self._changed.wait(left)
+                if len(self._waiting) > seen:  # requests of one caller come one after the other, the slower the more watch them
+                    seen, until = len(self._waiting), min(time.monotonic(), begun + _PATIENCE * self._linger) + self._linger
             if self._closed:
                 return None
             batch, self._waiting = self._split()

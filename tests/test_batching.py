@@ -66,6 +66,27 @@ def test_requests_that_wait_together_run_together(batcher_of):
     assert run.batches[1:] == [[("a", n) for n in range(5)]]
 
 
+def test_requests_that_keep_coming_prolong_the_linger(batcher_of):
+    run = Runner()
+    batcher = batcher_of(run, linger=1.0)
+    futures = []
+    for number in range(4):
+        if number:
+            time.sleep(0.4)  # the last comes more than one linger after the first
+        futures.append(batcher.submit(Job("a", 1, number)))
+    assert [future.result(30) for future in futures] == [0, 2, 4, 6]
+    assert len(run.batches) == 1
+
+
+def test_but_the_first_request_waits_no_more_than_four_lingers(batcher_of):
+    batcher = batcher_of(Runner(), linger=0.2, capacity=10_000)
+    first = batcher.submit(Job("a", 1, 1))
+    for number in range(40):
+        time.sleep(0.05)
+        batcher.submit(Job("a", 1, number))
+    assert first.done()
+
+
 def test_requests_that_come_within_the_linger_of_each_other_run_together(batcher_of):
     run = Runner()
     batcher = batcher_of(run, linger=0.5)

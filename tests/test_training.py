@@ -1,16 +1,20 @@
-"""What the embedded language model is trained with."""
+"""What the embedded language model, and the adapter of the sentence encoder, are trained with."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from training.grammar import Grammar
+from training.selection import adapt, examples
+from training.situations import compact, graded
 from training.train import Pushes
 from vispa_graph.engine.contract import Direction
 from vispa_graph.taxonomy_index import Taxonomy
+from vispa_graph.taxonomy_index.taxonomy import SITUATIONS
 
 LAYERS = (1, 2)
 
@@ -55,3 +59,32 @@ def test_a_comment_that_speaks_for_a_value_is_marked_with_it_so_that_it_can_be_s
         assert grammar.value_then_comment()[-1].value in grammar.positives
         assert grammar.bare_value_comment()[-1].value in grammar.positives
         assert grammar.neutral_comment()[-1].value is None
+
+
+def test_the_situations_of_the_package_are_those_that_were_graded():
+    assert SITUATIONS.read_text(encoding="utf-8") == compact(graded()), "run python -m training.situations"
+
+
+def test_what_the_adapter_learns_from_a_values_own_phrase_says_nothing_about_other_values():
+    taxonomy = Taxonomy.load()
+    texts, targets, known = examples(taxonomy)
+    place = {text: number for number, text in enumerate(texts)}
+    for column, value in enumerate(taxonomy):
+        row = place[value.facets[0]]
+        assert known[row].sum() == known[row, column] == targets[row, column] == 1
+    assert known[place[taxonomy.situations[0].text]].all()
+    assert not any(pair.positive in place for value in taxonomy for pair in value.all_pairs)
+
+
+def test_an_adapter_changes_nothing_before_it_is_trained_and_the_product_it_is_saved_as_afterwards():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"encoder": nn.ModuleDict({"layer": nn.Sequential(nn.Linear(6, 4))})})
+    plain, inputs = model["encoder"]["layer"][0].weight.clone(), torch.randn(3, 6)
+    before = model["encoder"]["layer"](inputs)
+    [(name, adapter)] = adapt(model, rank=2).items()
+    assert name == "encoder.layer.0"
+    assert torch.equal(model["encoder"]["layer"](inputs), before)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["encoder.layer.0.down", "encoder.layer.0.up"]
+    nn.init.normal_(adapter.up)
+    merged = inputs @ (plain + adapter.up @ adapter.down).T + adapter.linear.bias
+    assert torch.allclose(model["encoder"]["layer"](inputs), merged, atol=1e-6)

@@ -125,8 +125,8 @@ def show(before: tuple[tuple[Path, ...], bool, bool], value_id: str, values: tup
 def check(before: tuple[tuple[Path, ...], bool, bool], folder: Path, new_family: tuple[str, ...], as_json: bool) -> None:
     """Check the value files in FOLDER as a careful editor would; every problem comes with file and line.
 
-    Unknown and duplicate keys, fields of wrong types, duplicate ids, unknown families, missing forms, twins that differ in length or share too few words, a value named in one twin
-    only, pairs that say nearly the same.
+    Unknown and duplicate keys, fields of wrong types, duplicate ids, unknown families, missing forms, twins that differ in length or share
+    too few words, a value named in one twin only, pairs that say nearly the same.
     """
     from vispa_graph.resources import Resources
     from vispa_graph.taxonomy_index.check import check_folder

@@ -150,7 +150,12 @@ class Settings(BaseSettings):
     bioethics: bool = Field(False, description="Whether the ten values of the bioethics family are part of the taxonomy, for health care.")
     encoder: str = Field(EMBEDDED, min_length=1, description='The sentence encoder: "embedded" (all-MiniLM-L6-v2), a folder, or a name on the hub.')
     cache: Path = Field(default_factory=_default_cache, description="Folder for indexes and directions.")
-    linger_ms: float = Field(15.0, ge=0, le=1000, description="How long a request waits for others to share its batch, in ms.")
+    linger_ms: float = Field(
+        15.0,
+        ge=0,
+        le=1000,
+        description="How long a request waits for others to share its batch, in ms; up to four times as long while more keep coming.",
+    )
     batch_tokens: int = Field(32768, ge=64, description="Largest batch, rows x width in tokens.")
     packed_gigabytes: float = Field(
         2.0,

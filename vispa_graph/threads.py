@@ -18,8 +18,6 @@ from vispa_graph.errors import ThreadError
 _INSIDE, _OUTER_SAVER = "__pregel_", "__pregel_checkpointer"
 # A run that names one of these has a thread of its own, whatever run is around it.
 _THREAD = frozenset({"thread_id", "checkpoint_ns", "checkpoint_id", "checkpoint_map"})
-
-
 _STOPS = "This graph stops for review, and without a checkpointer nothing could go on from there."
 
 

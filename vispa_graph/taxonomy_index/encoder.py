@@ -1,4 +1,4 @@
-"""Sentence embeddings: all-MiniLM-L6-v2 from its wheel, with or without an adapter for the values at stake, or any other sentence-transformers model."""
+"""Sentence embeddings: all-MiniLM-L6-v2 from its wheel, also with an adapter for the values at stake, or any sentence-transformers model."""
 
 from __future__ import annotations
 

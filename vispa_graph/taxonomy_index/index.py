@@ -171,7 +171,7 @@ class TaxonomyIndex:
             raise StoreError(f"The index in {folder} cannot be read ({type(error).__name__}). {remedy}") from error
 
     def search(self, query: str, n: int) -> list[Hit]:
-        """The n phrases nearest to a query, best first; equal scores in the order of the taxonomy, save that any of them may be left out at the end."""
+        """The n phrases nearest to a query, best first; equal scores in the order of the taxonomy, any of them left out where the n end."""
         return self.search_vector(self.encoder.encode([query]), n)
 
     def search_vector(self, vector: Floats, n: int) -> list[Hit]:
@@ -204,5 +204,5 @@ def index_name(taxonomy: Taxonomy, encoder: Encoder) -> str:
 
 
 def _key(taxonomy: Taxonomy, encoder: Encoder) -> dict[str, Any]:
-    solved = [kernel.TEMPERATURE, kernel.RIDGE, kernel.FILLING_TEMPERATURE, kernel.FILLING_RIDGE]
-    return {"format": _FORMAT, "taxonomy": _digest(phrases_of(taxonomy), taxonomy.ids), "encoder": encoder.fingerprint, "kernel": solved}
+    constants = [kernel.TEMPERATURE, kernel.RIDGE, kernel.FILLING_TEMPERATURE, kernel.FILLING_RIDGE]
+    return {"format": _FORMAT, "taxonomy": _digest(phrases_of(taxonomy), taxonomy.ids), "encoder": encoder.fingerprint, "kernel": constants}

@@ -20,7 +20,7 @@ from vispa_graph.taxonomy_index.calibration import calibrated
 from vispa_graph.taxonomy_index.encoder import Floats
 from vispa_graph.taxonomy_index.index import Hit, TaxonomyIndex
 
-# The kernel falls off fast: phrases beyond these weigh nothing.
+# Chosen on the tuning half with the kernel: of more, the many that are far outweigh the few that are near.
 CANDIDATES = 100
 # A slower model judges at most so many values: all that are shipped, and the best of a larger taxonomy.
 CONSIDERED = 64

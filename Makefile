@@ -39,10 +39,12 @@ embedded-model: $(VENV)/.ready
 
 # torch first and pinned: a range would fetch whatever is newest, with its CUDA packages.
 $(VENV)/.ready: pyproject.toml requirements-torch.txt
-	@echo "Making the environment in $(VENV); this takes a few minutes the first time."
+	@echo "Making the environment in $(VENV), once: up to 6 GB, and some minutes in which pip says little."
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vispa_graph needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
+	@echo "Step 1 of 2: PyTorch, by far the largest download ..."
 	$(RUN)python -m pip install --quiet --disable-pip-version-check -r requirements-torch.txt
+	@echo "Step 2 of 2: everything else, about a hundred packages; this took four minutes on two busy cores ..."
 	$(RUN)python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@
 

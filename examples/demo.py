@@ -48,7 +48,7 @@ def show_answer(console: Console, output: Output) -> None:
     if output["distribution"]:
         bars = Table.grid(padding=(0, 1))
         for option, probability in output["distribution"].items():
-            bars.add_row(escape(option), ProgressBar(total=1, completed=probability, width=40), f"{probability:.0%}")
+            bars.add_row(escape(option), ProgressBar(total=1, completed=probability, width=40), f"{probability:.1%}")
         console.print(bars)
     for note in output["notes"]:
         console.print(f"Note: {escape(note)}")
@@ -67,6 +67,8 @@ def main() -> None:
     for number, (title, given) in enumerate(ASKED.items()):
         console.print()
         console.rule(f"[bold]{escape(title)}[/]", align="left")
+        if number == 0:
+            console.print("[dim]Finding the values at stake, then writing a comment from each of them, all at once ...[/]")
         started = time.perf_counter()
         output = graph.invoke(given)
         seconds = time.perf_counter() - started

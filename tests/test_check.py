@@ -314,12 +314,14 @@ def test_unknown_keys_and_fields_of_wrong_types_are_all_told_each_in_its_line(fo
     ]
 
 
-def test_a_file_in_place_of_its_folder_is_refused_with_the_folder_to_give(vispa, folder):
-    file = folder / "tidiness.yaml"
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_file_in_place_of_its_folder_is_refused_with_the_whole_path_of_the_folder_to_give(vispa, folder, monkeypatch, relative):
+    monkeypatch.chdir(folder)
+    file = Path("tidiness.yaml") if relative else folder / "tidiness.yaml"
     for command in (["values", "check", file], ["check", "--values", file], ["values", "--values", file]):
         result = vispa(*command)
         assert (result.exit_code, result.stdout) == (2, "")
-        assert result.stderr == f"vispa: {file}: this is a file, and value files are read by the folder. Give the one that it lies in: {folder}.\n"
+        assert result.stderr == f"vispa: {file}: this is a file, and value files are read by the folder. Give the one that it lies in (`{folder}`).\n"
 
 
 def test_a_family_of_one_s_own_is_no_misspelling_once_it_is_named(folder, word_encoder):
@@ -453,6 +455,14 @@ def test_new_refuses_an_id_that_no_value_may_have_and_writes_nothing(vispa, tmp_
     result = vispa("values", "new", tmp_path / "mine", "--id", value_id, *NEW[2:])
     assert result.exit_code == 2
     assert "lower-case letters" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value_id", ["honor", "autonomy"])
+def test_new_refuses_the_id_of_a_value_that_comes_with_the_package_and_writes_nothing(vispa, tmp_path, value_id):
+    result = vispa("values", "new", tmp_path / "mine", "--id", value_id, *NEW[2:])
+    assert result.exit_code == 2
+    assert f"The id '{value_id}' is that of a value that comes with vispa_graph" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

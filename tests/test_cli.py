@@ -27,13 +27,16 @@ from vispa_graph import cli
 from vispa_graph.engine.contract import Contrast, Method, Reading, Solver
 from vispa_graph.engine.fake import FakeEngine
 from vispa_graph.engine.folder import is_fetched
+from vispa_graph.engine.layers import default_layers
 from vispa_graph.errors import ModelNotFoundError, NonFiniteError
 from vispa_graph.graph import create_graph
+from vispa_graph.resources import embedded_folder
 from vispa_graph.settings import Distribution, Settings
 from vispa_graph.state import MODES, Output
 from vispa_graph.taxonomy_index import Taxonomy
 
 QUERY = "Should my father, 84, have surgery he does not want?"
+FITTING = "vispa: fitting directions, which may take minutes; they are kept, and not fitted again.\n"
 OWN_VALUE = """
 id: {id}
 name: {id}
@@ -84,6 +87,11 @@ def refused(result, *fragments):
     for fragment in fragments:
         assert fragment in result.stderr
     return True
+
+
+def problems(result):
+    """What stands on stderr beside the word that a fit has begun: which test of a session fits first is all the same."""
+    return result.stderr.replace(FITTING, "")
 
 
 def start(*arguments, stdin=None, stdout=subprocess.PIPE):
@@ -151,7 +159,7 @@ def test_json_is_the_whole_output_and_nothing_else(vispa, options, mode):
     assert set(output) == set(Output.__annotations__)
     assert output["mode"] == mode
     assert len(output["comments"]) == 3
-    assert result.stderr == ""
+    assert problems(result) == ""
 
 
 def test_an_answer_is_told_with_its_values_comments_distribution_and_ground(vispa):
@@ -183,8 +191,9 @@ def test_notes_reach_the_reader(vispa, engine):
 
 
 def test_without_a_terminal_there_are_no_colours_bars_or_progress_and_no_line_is_cut(vispa):
-    result = vispa("ask", QUERY, "--option", "an answer that goes on " * 20, "--option", "no")
-    assert result.stderr == ""
+    command = ["ask", QUERY, "--option", "an answer that goes on " * 20, "--option", "no"]
+    result = vispa(*command)
+    assert problems(result) == ""
     assert "\x1b" not in result.stdout
     assert "━" not in result.stdout
     assert ("an answer that goes on " * 20).strip() in result.stdout
@@ -368,6 +377,33 @@ def test_a_trace_that_cannot_be_written_is_refused_before_any_work(vispa, engine
     assert engine.requests == []
 
 
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+
+
+@FULL
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_trace_for_which_there_is_no_space_is_told_by_name_and_the_answer_is_not_lost(vispa, as_json):
+    command = ["ask", QUERY, "--value", "power", *["--json"] * as_json]
+    whole = vispa(*command)
+    result = vispa(*command, "--trace", "/dev/full")
+    assert (result.exit_code, result.stdout) == (1, whole.stdout)
+    assert problems(result) == "vispa: /dev/full cannot be written: No space left on device. Check its permissions and the space left.\n"
+
+
+@FULL
+def test_a_failed_run_whose_trace_cannot_be_written_ends_with_its_own_error(vispa):
+    result = vispa("ask", QUERY, "--value", "power", "--layers", "99", "--trace", "/dev/full")
+    assert refused(result, "vispa: /dev/full cannot be written", "Layer 99")
+
+
+@FULL
+def test_a_picture_for_which_there_is_no_space_is_told_by_name_with_exit_code_1(vispa, tmp_path):
+    (tmp_path / "graph.mmd").symlink_to("/dev/full")
+    result = vispa("graph", "--output", tmp_path / "graph.mmd")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"vispa: {tmp_path / 'graph.mmd'} cannot be written: No space left on device" in result.stderr
+
+
 # values
 
 
@@ -430,6 +466,15 @@ def test_a_value_of_the_bioethics_family_that_is_off_is_refused_with_how_to_swit
 
 
 # fit
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_without_a_terminal_a_fit_is_told_in_one_line_when_it_begins_and_nothing_where_all_is_there(vispa, own_values, tmp_path, as_json):
+    command = ["ask", QUERY, "--values", own_values, "--value", "tidiness", *as_json]
+    first, second = (vispa(*command, env={"VISPA_CACHE": str(tmp_path / "cache")}) for _ in range(2))
+    assert first.stderr == FITTING
+    assert second.stderr == ""
+    assert first.stdout == second.stdout
 
 
 def test_fitting_tells_the_accuracy_of_every_value_and_is_done_once(vispa, engine, taxonomy, tmp_path, monkeypatch):
@@ -512,8 +557,15 @@ def test_check_says_what_was_found_in_a_model(tmp_path, chat):
     assert (found["depth"], found["width"]) == (model.config.num_hidden_layers, model.config.hidden_size)
     assert found["adds_exactly"] is found["same_alone_and_in_a_batch"] is found["generated_positions"] is True
     assert found["dtype"] == "float32"
+    assert found["default_layers"] == list(default_layers(found["depth"]))
     assert found["chat_template"] is chat
     assert f"chat template: {'yes' if chat else 'no'}" in run("check", tmp_path).stdout
+
+
+def test_check_tells_the_layers_that_a_run_would_steer():
+    profile = json.loads((embedded_folder() / "profile.json").read_text(encoding="utf-8"))
+    assert json.loads(run("check", "embedded", "--json").stdout)["model"]["default_layers"] == profile["layers"]
+    assert json.loads(run("check", "embedded", "--json", env={"VISPA_LAYERS": "2-3"}).stdout)["model"]["default_layers"] == [2, 3]
 
 
 def test_check_refuses_a_model_that_cannot_be_steered_with_the_reason(tmp_path):
@@ -631,7 +683,9 @@ def option(*answers):
         (["ask", QUERY, *option(*map(str, range(27)))], ["options, and 27 came"]),
         (["ask", QUERY, *option("yes", "no", "Yes ")], ["Options 1 and 3 are the same"]),
         (["ask", QUERY, *option("yes", " ")], ["--option", "blank"]),
-        (["ask", QUERY, "--value", "honour and pwer"], ["vispa: ", "nearest are", "honor"]),
+        (["ask", QUERY, "--value", "honours"], ["vispa: The value 'honours' is not in the taxonomy", "nearest are: honor"]),
+        (["ask", QUERY, "--value", "foo"], ["vispa: The value 'foo' is not in the taxonomy of 31 values. `vispa values` lists them all."]),
+        (["ask", "May", "I", "lie"], ["(I lie)", 'in quotes, as in: vispa ask "May I lie?"']),
         (["ask", QUERY, "--top-k", "0"], ["top_k", "greater than or equal to 1"]),
         (["ask", QUERY, "--top-k", "99"], ["top_k is 99", "1 to 31"]),
         (["ask", QUERY, "--top-k", "many"], ["--top-k"]),
@@ -652,7 +706,8 @@ def option(*answers):
         (["ask", QUERY, "--max-new-tokens", "0"], ["max_new_tokens"]),
         (["ask", QUERY, "--values", "/no/such/folder"], ["/no/such/folder", "no such folder"]),
         (["ask", QUERY, "--trace-content"], ["--trace FILE"]),
-        (["values", "kindnes"], ["nearest are"]),
+        (["values", "kindnes"], ["The value 'kindnes' is not", "nearest are"]),
+        (["values", "--query", "May", "I", "lie"], ["goes in quotes"]),
         (["values", "--top-k", "3"], ["--query"]),
         (["values", "--query", " "], ["blank"]),
         (["values", "--query", QUERY, "--top-k", "99"], ["1 to 31"]),
@@ -841,13 +896,18 @@ def test_a_variable_whose_name_is_nearly_ours_is_told_in_one_line_and_is_no_erro
     before, after = (vispa(*command, env=known | more) for more in ({}, {"VISPA_TOPK": "3"}))
     assert (after.exit_code, after.stdout) == (before.exit_code, before.stdout)
     line = "vispa: warning: the variable VISPA_TOPK is not known and does nothing. Did you mean VISPA_TOP_K?\n"
-    assert after.stderr == line + before.stderr
+    assert problems(after) == line + problems(before)
 
 
-def test_a_cache_that_cannot_be_written_is_refused_with_its_path(vispa, tmp_path):
+@pytest.mark.parametrize("command", [["ask", QUERY, "--value", "power"], ["values", "--query", QUERY], ["fit"], ["fit", "--method", "sae"]])
+def test_a_cache_that_cannot_be_used_is_refused_as_the_cache_with_where_it_was_set(vispa, tmp_path, monkeypatch, command):
     (tmp_path / "file").write_text("")
-    result = vispa("ask", QUERY, "--value", "power", env={"VISPA_CACHE": str(tmp_path / "file")})
-    assert refused(result, f"vispa: {tmp_path / 'file'}")
+    for cache in (tmp_path / "file", tmp_path / "file" / "inside"):
+        result = vispa(*command, env={"VISPA_CACHE": f"{cache}/"})
+        assert refused(result, f"vispa: The cache folder {cache} (from VISPA_CACHE) cannot be used: Not a directory", str(tmp_path / "file"))
+    monkeypatch.delenv("VISPA_CACHE")
+    result = vispa(*command, env={"XDG_CACHE_HOME": str(tmp_path / "file")})
+    assert refused(result, f"vispa: The cache folder {tmp_path / 'file' / 'vispa_graph'} (from XDG_CACHE_HOME) cannot be used")
 
 
 def test_an_error_of_ours_that_nobody_foresaw_is_not_hidden(vispa, monkeypatch):
@@ -877,14 +937,20 @@ def test_an_interrupt_ends_with_exit_code_130_and_no_stack_trace(vispa, monkeypa
     ("command", "said"),
     [
         ("ask", "interrupted."),
-        ("fit", "interrupted. What is fitted is kept, and the same command goes on from there."),
+        ("fit", "interrupted."),
+        ("fit --model embedded", "interrupted. What is fitted is kept, and the same command goes on from there."),
     ],
 )
-def test_control_c_ends_the_process_though_a_thread_is_at_work_and_says_what_is_kept(command, said):
+def test_control_c_ends_the_process_though_a_thread_is_at_work_and_says_what_is_kept_if_anything_is(monkeypatch, tmp_path, command, said):
+    monkeypatch.setenv("VISPA_CACHE", str(tmp_path))
+    (tmp_path / "directions" / "before").mkdir(parents=True)
+    (tmp_path / "directions" / "before" / "0.safetensors").touch()
     code = """
-import sys, threading, time
+import os, pathlib, sys, threading, time
 from vispa_graph import cli, resources
 def work(*_, **__):
+    if "--model" in sys.argv:
+        pathlib.Path(os.environ["VISPA_CACHE"], "directions", "before", "1.safetensors").touch()
     thread = threading.Thread(target=time.sleep, args=(60,))
     thread.start()
     print("at work", flush=True)
@@ -892,7 +958,7 @@ def work(*_, **__):
 cli._run = resources.Resources = work
 cli.main(sys.argv[1:])
 """
-    with start("-c", code, command, *(["x"] if command == "ask" else [])) as child:
+    with start("-c", code, *command.split(), *(["x"] if command == "ask" else [])) as child:
         assert child.stdout.readline() == "at work\n"
         child.send_signal(signal.SIGINT)
         _, errors = child.communicate(timeout=30)
@@ -908,7 +974,7 @@ def test_a_reader_that_goes_away_is_no_error_worth_a_stack_trace(arguments):
     assert errors == ""
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@FULL
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [["values"], ["values", "--json"], ["values", "power"], ["ask", "--help"], ["--version"]])
 def test_a_stdout_that_is_full_is_told_in_one_line_with_exit_code_1(monkeypatch, arguments, unbuffered):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -144,16 +146,15 @@ def test_an_index_of_another_size_is_refused_even_with_a_matching_checksum(index
 
 
 def test_a_save_that_fails_leaves_nothing_behind(index, tmp_path, monkeypatch):
-    import faiss
-
-    def full(built, path):
+    def full(path, content):
         with open(path, "wb") as file:
-            file.write(b"half")
-        raise OSError("no space left on device")
+            file.write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr(faiss, "write_index", full)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="no space") as raised:
         index.save(tmp_path / "index")
+    assert raised.value.filename == str(tmp_path / "index")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -146,6 +146,33 @@ def test_bad_arguments_are_refused_with_a_readable_message_and_the_server_lives_
     assert not last.is_error
 
 
+@pytest.mark.parametrize(
+    ("tool", "arguments", "told"),
+    [
+        ("ask", {"query": QUERY, "valuess": ["karma"]}, "Unknown argument valuess, did you mean values? Known are query, mode"),
+        ("explain_run", {"run": "1", "runs": "1"}, "Unknown argument runs, did you mean run? Known are run."),
+        ("list_values", {f"my patient {PRIVATE}": "x"}, "There are arguments that are not known. Known are query."),
+    ],
+)
+def test_an_argument_that_a_tool_does_not_have_is_refused_and_repeated_only_where_it_is_nearly_known(fake_resources, tool, arguments, told):
+    async def run():
+        async with Client(create_server(fake_resources)) as client:
+            return await client.call_tool(tool, arguments)
+
+    result = anyio.run(run)
+    assert result.is_error
+    assert told in text(result)
+    assert PRIVATE not in text(result)
+
+
+def test_the_schema_of_every_tool_allows_no_other_arguments(fake_resources):
+    async def run():
+        async with Client(create_server(fake_resources)) as client:
+            return (await client.list_tools()).tools
+
+    assert [tool.input_schema["additionalProperties"] for tool in anyio.run(run)] == [False] * 3
+
+
 def test_an_unforeseen_failure_shows_its_kind_but_no_text_to_client_or_log(url, caplog):
     caplog.set_level(logging.DEBUG)
 

@@ -100,12 +100,19 @@ def test_of_several_values_each_that_is_unknown_is_told_by_its_place_with_the_ne
     with pytest.raises(UnknownValueError) as raised:
         taxonomy.find_all(["karma", "secuurityy", "Honor", "zzfairness"])
     second, fourth = str(raised.value).split("Value 4 of 4")
-    assert re.match(r"Value 2 of 4 is not in the taxonomy of 31 values\. The nearest are: security, ", second)
+    assert re.match(r"Value 2 of 4 is not in the taxonomy of 31 values\. The nearest are: security\.", second)
     assert "fairness" in fourth
     assert "uurityy" not in str(raised.value)
     with pytest.raises(UnknownValueError, match=r"^A value asked for is not"):
         taxonomy.find_all(["secuurityy"])
     assert [value.id for value in taxonomy.find_all(["Karma", "honor", "karma"])] == ["karma", "honor", "karma"]
+
+
+@pytest.mark.parametrize("unlike", ["foo", "xyz", "care"])
+def test_no_value_is_offered_as_nearest_to_a_name_that_is_like_none(taxonomy, unlike):
+    with pytest.raises(UnknownValueError) as raised:
+        taxonomy[unlike]
+    assert str(raised.value) == "A value asked for is not in the taxonomy of 31 values. `vispa values` lists them all."
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=12))
@@ -116,10 +123,10 @@ def test_an_unknown_value_s_message_never_repeats_what_was_typed(taxonomy, typed
         taxonomy[typed]
     # Made of ids and fixed words only, so nothing of what was typed can be in it.
     named = re.fullmatch(
-        r"A value asked for is not in the taxonomy of 31 values\. The nearest are: (.*)\. `vispa values` lists them all\.", str(raised.value)
+        r"A value asked for is not in the taxonomy of 31 values\.(?: The nearest are: (.*)\.)? `vispa values` lists them all\.", str(raised.value)
     )
     assert named
-    assert set(filter(None, named[1].split(", "))) <= set(taxonomy.ids)
+    assert named[1] is None or set(named[1].split(", ")) <= set(taxonomy.ids)
     assert raised.value.__suppress_context__
 
 
@@ -128,7 +135,7 @@ def test_a_value_of_the_bioethics_family_is_known_by_id_name_and_alias_where_the
     names = [(name, value.id) for value in family for name in (value.id, value.name, *value.aliases) if name not in taxonomy]
     assert {value_id for _, value_id in names} == {value.id for value in family}
     for name, value_id in names:
-        with pytest.raises(UnknownValueError, match=f"{value_id}, belongs to the bioethics family.*bioethics=True"):
+        with pytest.raises(UnknownValueError, match=rf"\({value_id}\) belongs to the bioethics family.*bioethics=True"):
             taxonomy[name]
 
 

@@ -31,6 +31,7 @@ from vispa_graph import __version__
 from vispa_graph.cli_common import (
     Refused,
     Show,
+    Unwritten,
     bioethics_option,
     json_option,
     load_taxonomy,
@@ -56,6 +57,7 @@ from vispa_graph.errors import ModelNotFoundError, TaxonomyError, VispaError
 
 if TYPE_CHECKING:
     from langchain_core.runnables.graph import Graph
+    from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 
     from vispa_graph.engine.contract import Direction
     from vispa_graph.engine.huggingface import HuggingFaceEngine
@@ -75,7 +77,23 @@ SOLVERS = ("exact", "saga")
 DISTRIBUTIONS = ("comments", "direct", "decoding")
 
 
+# Under which a command keeps, in click's context, what tells whether an interrupt leaves something to go on from.
+_KEPT = f"{__name__}.kept"
+
 # Errors and interrupts
+
+
+class Asks(click.Command):
+    """A command that takes one text, and says how to give one of several words."""
+
+    allow_extra_args = True
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does, but for the message where there is more than one."""
+        rest = super().parse_args(ctx, args)
+        if rest and not ctx.resilient_parsing:
+            ctx.fail(f"Got unexpected extra arguments ({' '.join(rest)}). Put the question in quotes, as in: {ctx.command_path} \"May I lie?\"")
+        return rest
 
 
 class Commands(click.Group):
@@ -122,9 +140,18 @@ def _in_output(error: BaseException) -> bool:
 
 
 def _farewell(ctx: click.Context) -> str:
-    if ctx.invoked_subcommand == "fit":
-        return "vispa: interrupted. What is fitted is kept, and the same command goes on from there."
-    return "vispa: interrupted."
+    kept = ctx.meta.get(_KEPT)
+    return "vispa: interrupted. What is fitted is kept, and the same command goes on from there." if kept and kept() else "vispa: interrupted."
+
+
+def _fitted_since_now(cache: Path) -> Callable[[], bool]:
+    """Tells whether directions have been kept in a cache from now on."""
+
+    def kept() -> set[Path]:
+        return set(cache.glob("directions/*/*.safetensors"))
+
+    before = kept()
+    return lambda: kept() > before
 
 
 def _leave_at_once(ctx: click.Context, number: signal.Signals, last: Callable[[], None] | None = None) -> None:
@@ -194,7 +221,7 @@ def main() -> None:
     """Plural answers to value-laden questions, by steering the activations of a language model."""
 
 
-@main.command()
+@main.command(cls=Asks)
 @click.argument("query", type=text)
 @click.option("--mode", type=click.Choice(MODES), help="How comments become an answer; by default it follows from the other options.")
 @click.option("--attribute", type=text, help="Whom to speak for: a value, a right, a duty or a group.")
@@ -269,15 +296,20 @@ def ask(
     given |= {"options": list(options) or None, "values": list(asked) or None}
     check_input(given)  # before stdin is read and anything imported
     given["query"] = read_query(query)
+    tracer: RunCollectorCallbackHandler | None = None
     try:
         with progress() as show:
-            output = _run(settings, given, show, trace)
+            tracer = _tracer() if trace else None
+            output = _run(settings, given, show, tracer)
         if as_json:
             print_json(output)
         else:
             _print_answer(output)
     finally:  # not before the answer is shown
+        written = _write_trace(trace, tracer)
         send_traces()
+    if not written:
+        click.get_current_context().exit(Unwritten.exit_code)
 
 
 @main.command("trace")
@@ -323,6 +355,7 @@ def fit(
     from vispa_graph.engine.directions import SEPARATES, separates
     from vispa_graph.resources import Resources
 
+    click.get_current_context().meta[_KEPT] = _fitted_since_now(settings.cache)
     logging.getLogger("vispa_graph").addHandler(logging.NullHandler())  # the warnings are told below
     with progress() as show, closing(Resources(settings, progress=show)) as resources:
         show("loading the model")
@@ -467,26 +500,39 @@ main.add_command(values_group)
 # Running the graph
 
 
-def _run(settings: Settings, given: dict[str, Any], show: Show, trace: Path | None) -> Output:
-    """Run the graph, and write its trace, also where it fails."""
-    from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
-
+def _run(settings: Settings, given: dict[str, Any], show: Show, tracer: RunCollectorCallbackHandler | None) -> Output:
+    """Run the graph."""
     from vispa_graph.graph import check_question, create_graph
     from vispa_graph.resources import Resources
     from vispa_graph.settings import end_tracing_with_the_process
-    from vispa_graph.tracing import TracedRun
 
     end_tracing_with_the_process()
-    tracer = RunCollectorCallbackHandler() if trace else None
     with closing(create_graph(resources=Resources(settings, progress=show))) as graph:
         show("loading")
+        if len(asked := given["values"] or []) == 1:  # an error of the library repeats nothing that was typed
+            graph.resources.taxonomy.find(asked[0], f"The value {asked[0]!r}")
         check_question(given, graph.resources)
         graph.resources.check_model()
+        return _follow(graph, given, {"callbacks": [tracer] if tracer else []}, show)
+
+
+def _tracer() -> RunCollectorCallbackHandler:
+    from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
+
+    return RunCollectorCallbackHandler()
+
+
+def _write_trace(path: Path | None, tracer: RunCollectorCallbackHandler | None) -> bool:
+    """Write the run that was traced, if any, also where it failed; tells where it cannot be written, and returns whether all went well."""
+    if path and tracer and tracer.traced_runs:
+        from vispa_graph.tracing import TracedRun
+
         try:
-            return _follow(graph, given, {"callbacks": [tracer] if tracer else []}, show)
-        finally:
-            if trace and tracer and tracer.traced_runs:
-                _write(trace, TracedRun.of(tracer.traced_runs[-1]).to_json())
+            _write(path, TracedRun.of(tracer.traced_runs[-1]).to_json())
+        except Unwritten as error:
+            error.show()
+            return False
+    return True
 
 
 def _follow(graph: PluralGraph, given: dict[str, Any], config: Any, show: Show) -> Output:
@@ -556,7 +602,8 @@ def _check_model(model: str) -> dict[str, Any]:
     with progress() as show:
         show("loading the model")
         with closing(Resources(settings, progress=show)) as resources:
-            return cast("HuggingFaceEngine", resources.engine).describe()
+            facts = cast("HuggingFaceEngine", resources.engine).describe()
+            return facts | {"default_layers": list(resources.fit_settings().layers)}  # a model may have defaults of its own
 
 
 # Pictures of the graph
@@ -604,17 +651,24 @@ def _check_target(path: Path) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; devices and pipes are written to directly."""
-    if path.exists() and not path.is_file():
-        path.write_bytes(content)
-        return
-    target = path.resolve()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    """Write a file whole or not at all; devices and pipes are written to directly.
+
+    Raises:
+        Unwritten: It cannot be written; the message names it.
+    """
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
+        target = path.resolve()
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise Unwritten(f"{path} cannot be written: {error.strerror or error}. Check its permissions and the space left.") from error
 
 
 # The answer

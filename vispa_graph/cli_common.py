@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Show = Callable[..., None]
 
+# Stages with which a fit begins.
+_FITTING = ("reading for the dictionary", "fitting directions")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -35,6 +37,12 @@ class Refused(click.ClickException):
     def show(self, file: Any = None) -> None:
         """Print the message."""
         click.echo(f"vispa: {self.message}", err=True)
+
+
+class Unwritten(Refused):
+    """A file that cannot be written: one line on stderr, exit code 1."""
+
+    exit_code = 1
 
 
 # Options
@@ -158,7 +166,7 @@ def value_facts(value: Value) -> dict[str, Any]:
 
 @contextmanager
 def progress() -> Iterator[Show]:
-    """Gives show(what, done, total), which tells on stderr what is going on; silent where stderr is no terminal."""
+    """Gives show(what, done, total), which tells on stderr what is going on; where that is no terminal, only that a fit has begun."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -166,10 +174,13 @@ def progress() -> Iterator[Show]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=None)
-        stage = ""
+        stage, told = "", False
 
         def show(what: str, done: int = 0, total: int | None = None) -> None:
-            nonlocal stage
+            nonlocal stage, told
+            if what in _FITTING and not told and not console.is_terminal:
+                told = True
+                click.echo("vispa: fitting directions, which may take minutes; they are kept, and not fitted again.", err=True)
             if what != stage:  # each stage has its own clock
                 stage = what
                 progress.reset(task)

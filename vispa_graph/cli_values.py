@@ -80,7 +80,7 @@ def values_group(
     """
     if ctx.invoked_subcommand is not None:
         if query is not None or top_k is not None or family is not None:
-            raise click.UsageError("Give --query, --top-k and --family without an ID or a command, not both.")
+            raise click.UsageError("Give --query, --top-k and --family without an ID or a command, not both. A text of several words goes in quotes.")
         ctx.obj = (values, as_json, bioethics)
         return
     if top_k is not None and query is None:
@@ -104,7 +104,8 @@ def values_group(
 @click.pass_obj
 def show(before: tuple[tuple[Path, ...], bool, bool], value_id: str, values: tuple[Path, ...], bioethics: bool, as_json: bool) -> None:
     """Show the value with this ID, name or alias."""
-    value = load_taxonomy(settings_of(values=before[0] + values, bioethics=before[2] or bioethics))[value_id]
+    taxonomy = load_taxonomy(settings_of(values=before[0] + values, bioethics=before[2] or bioethics))
+    value = taxonomy.find(value_id, f"The value {value_id!r}")
     if as_json or before[1]:
         print_json(value_facts(value))
         return
@@ -154,7 +155,7 @@ def new(folder: Path, **given: str | None) -> None:
     """Make a value file in FOLDER to fill in. What no option says is asked for on a terminal."""
     import yaml
 
-    from vispa_graph.taxonomy_index.taxonomy import check_id
+    from vispa_graph.taxonomy_index.taxonomy import check_id, shipped_ids
 
     asked = {"value_id": "Id", "name": "Name", "family": "Family", "source": "Source", "definition": "Definition"}
     missing = [name for name in asked if not (given[name] or "").strip()]
@@ -163,6 +164,8 @@ def new(folder: Path, **given: str | None) -> None:
         raise click.UsageError(f"Give {options}: without a terminal nothing is asked for.")
     answers = {name: (given[name] or "").strip() or click.prompt(question, err=True).strip() for name, question in asked.items()}
     check_id(answers["value_id"])
+    if answers["value_id"] in shipped_ids():
+        raise Refused(f"The id {answers['value_id']!r} is that of a value that comes with vispa_graph. Choose another id.")
     header = {"id": answers["value_id"], **{name: answers[name] for name in ("name", "family", "source", "definition")}}
     content = _SCAFFOLD.format(header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=140).rstrip())
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ VispaError
 +-- SettingsError               a setting is unknown, malformed or out of range
 +-- PromptError                 a prompt file is missing or lacks a placeholder
 +-- TaxonomyError               a taxonomy file cannot be used; names file and line
-+-- StoreError                  a stored index or direction is corrupt or belongs to something else
++-- StoreError                  a stored index or direction is corrupt or belongs to something else, or the cache cannot be used
 +-- TraceError                  a trace file cannot be read
 +-- ResumeError                 a run that was begun with other settings or models
 +-- ModelError
@@ -92,7 +92,7 @@ class TaxonomyError(VispaError):
 
 
 class StoreError(VispaError):
-    """A stored index or direction is corrupt or belongs to something else."""
+    """A stored index or direction is corrupt or belongs to something else, or the cache folder cannot be used."""
 
 
 class TraceError(VispaError):

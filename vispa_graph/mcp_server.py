@@ -5,13 +5,14 @@ Nothing but protocol goes to stdout, and no log holds what was asked or said.
 
 from __future__ import annotations
 
+import difflib
 import hmac
 import os
 import socket
 import sys
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Annotated, Any, cast
 
@@ -19,7 +20,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.memory import InMemorySaver
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
-from mcp.types import CallToolResult, InputRequiredResult, TextContent
+from mcp.types import CallToolResult, InputRequiredResult, TextContent, Tool
 from pydantic import Field, ValidationError
 
 from vispa_graph import __version__
@@ -99,10 +100,19 @@ class Runs:
 
 
 class Server(MCPServer[Any]):
-    """An MCP server that says what is wrong with arguments without repeating them."""
+    """An MCP server that takes no arguments but its tools' own, and says what is wrong with them without repeating what they hold."""
+
+    async def list_tools(self) -> list[Tool]:
+        """As in the SDK, but that the schemas allow no other arguments."""
+        tools = await super().list_tools()
+        return [tool.model_copy(update={"input_schema": {**tool.input_schema, "additionalProperties": False}}) for tool in tools]
 
     async def call_tool(self, name: str, arguments: dict[str, Any], context: Context[Any, Any] | None = None) -> CallToolResult | InputRequiredResult:
-        """As in the SDK, but for the message."""
+        """As in the SDK, but for arguments that the tool does not have, which the SDK drops, and for the message."""
+        for tool in await self.list_tools():
+            known = list(tool.input_schema["properties"])
+            if tool.name == name and (unknown := [argument for argument in arguments if argument not in known]):
+                raise ToolError(_explain_unknown(unknown, known))
         try:
             return await super().call_tool(name, arguments, context)
         except ToolError as error:
@@ -281,6 +291,13 @@ def _told() -> Iterator[None]:
         raise ToolError(str(error)) from None
     except Exception as error:
         raise ToolError(f"The run failed with {type(error).__name__}. Ask again, or restart the server with another model.") from None
+
+
+def _explain_unknown(unknown: Sequence[str], known: Sequence[str]) -> str:
+    """Names nearly known are repeated; any other may be a person's words."""
+    near = {name: found[0] for name in unknown if (found := difflib.get_close_matches(name, known, n=1, cutoff=0.8))}
+    told = [f"Unknown argument {name}, did you mean {nearest}?" for name, nearest in near.items()]
+    return f"{' '.join(told) or 'There are arguments that are not known.'} Known are {', '.join(known)}."
 
 
 def _result(text: str, facts: dict[str, Any]) -> CallToolResult:

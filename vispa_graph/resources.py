@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib import resources as package_files
@@ -14,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from vispa_graph.attributes import attribute_value
 from vispa_graph.engine.contract import Contrast, Direction, Engine, Method, Reading, Steering
-from vispa_graph.errors import EngineClosedError, SelectionSizeError
-from vispa_graph.settings import EMBEDDED, Settings, origin
+from vispa_graph.errors import EngineClosedError, SelectionSizeError, StoreError
+from vispa_graph.settings import EMBEDDED, Settings, cache_origin, origin
 from vispa_graph.taxonomy_index import Encoder, SentenceEncoder, Taxonomy, TaxonomyIndex, Value
 
 if TYPE_CHECKING:
@@ -116,7 +118,7 @@ class Resources:
     @property
     def index(self) -> TaxonomyIndex:
         """The taxonomy index, from the cache where it is there."""
-        return self._once("index", lambda: TaxonomyIndex.open(self.taxonomy, self.value_encoder, self.settings.cache))
+        return self._once("index", self._open_index)
 
     @property
     def made_with(self) -> dict[str, Any]:
@@ -279,6 +281,29 @@ class Resources:
             data["layers"] = tuple(data["layers"])
         return Profile(**data)
 
+    @contextmanager
+    def _using_the_cache(self) -> Iterator[None]:
+        """Has an error of the system that comes from the cache say so.
+
+        Raises:
+            StoreError: The cache cannot be read or written; the message says where it was set.
+        """
+        cache = self.settings.cache
+        try:
+            yield
+        except OSError as error:
+            place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+            if place is None or not (place.is_relative_to(cache) or cache.is_relative_to(place)):
+                raise
+            raise StoreError(
+                f"The cache folder {cache}{cache_origin(cache)} cannot be used: {error.strerror or error}, at {place}. "
+                "Check its permissions and the space left, or choose another folder: Settings(cache=...) or VISPA_CACHE."
+            ) from error
+
+    def _open_index(self) -> TaxonomyIndex:
+        with self._using_the_cache():
+            return TaxonomyIndex.open(self.taxonomy, self.value_encoder, self.settings.cache)
+
     def _make_selector(self) -> Selector:
         from vispa_graph.taxonomy_index.selection import PhraseSelector
 
@@ -365,15 +390,16 @@ class Resources:
         from vispa_graph.engine.store import DirectionStore, folder_name, manifest_key
 
         reader: Engine | ReadOnce = self.engine
-        dictionary, name = None, None
-        if fit.method == "sae":  # what the dictionary is learned from is read again to fit
-            reader = once = ReadOnce(self.engine)
-            dictionary, name = self._find_dictionary(fit, once)
-        key = manifest_key(self.engine, fit, revision=self.settings.revision, dictionary=name)
-        folder = self.settings.cache / "directions" / folder_name(key)
-        store = DirectionStore(folder, key, model_name=self.engine.name, shipped=embedded_folder() / "directions")
         progress = partial(self._progress, "fitting directions") if self._progress else None
-        return fit_directions(reader, values, fit, progress, dictionary=dictionary, store=store)
+        with self._using_the_cache():
+            dictionary, name = None, None
+            if fit.method == "sae":  # what the dictionary is learned from is read again to fit
+                reader = once = ReadOnce(self.engine)
+                dictionary, name = self._find_dictionary(fit, once)
+            key = manifest_key(self.engine, fit, revision=self.settings.revision, dictionary=name)
+            folder = self.settings.cache / "directions" / folder_name(key)
+            store = DirectionStore(folder, key, model_name=self.engine.name, shipped=embedded_folder() / "directions")
+            return fit_directions(reader, values, fit, progress, dictionary=dictionary, store=store)
 
     def _find_dictionary(self, fit: FitSettings, reader: ReadOnce) -> tuple[SparseDictionary, str]:
         """The sparse dictionary of the settings, or one learned from the states of the taxonomy's sentences and kept in the cache.

@@ -53,6 +53,16 @@ def origin(name: str, value: Any) -> str:
     return f" (from {variable})" if value is not None and value == os.environ.get(variable) else ""
 
 
+def cache_origin(cache: Path) -> str:
+    """In brackets, what made a cache folder the one to use; nothing where it was given."""
+    variable = f"{_PREFIX}CACHE"
+    if (named := os.environ.get(variable)) and Path(named) == cache:
+        return f" (from {variable})"
+    if cache == _default_cache():
+        return " (from XDG_CACHE_HOME)" if os.environ.get("XDG_CACHE_HOME") else " (the default)"
+    return ""
+
+
 def misspelt_variables() -> dict[str, str]:
     """Variables of the environment whose names are nearly those of ours, with the nearest. Others are left alone: programs share prefixes."""
     known = [name.upper() for name in (*Settings.model_fields, *_OTHERS)]

@@ -24,7 +24,9 @@ class atomic_folder:
         self._temporary.mkdir()
         return self._temporary
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, OSError):
+            _name(error, self._folder)
         try:
             if kind is None:
                 os.rename(self._temporary, self._folder)
@@ -46,5 +48,14 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        _name(error, path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _name(error: OSError, path: Path) -> None:
+    """Have an error name a file where it names none, such as that of a full disk."""
+    if error.filename is None and error.errno is not None:  # without a number its text would be lost
+        error.filename = str(path)

@@ -32,6 +32,8 @@ PLAIN_QUESTIONS = Path(__file__).parent / "plain_questions.txt"
 
 _REQUIRED = ("id", "name", "family", "source", "definition", "facets", "pairs")
 _OPTIONAL = ("aliases", "polarity", "alpha")
+# How much of two names must be the same for one to be taken for a slip of the other, 0..1.
+_ALIKE = 0.6
 _ID = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _BAD_ID = "an id is lower-case letters and digits, words joined by hyphens."
 _NO_PAIRS = f"'pairs' must hold contrastive pairs under at least one of: {', '.join(FORMS)}. Without them the value cannot be steered to."
@@ -182,7 +184,7 @@ class Taxonomy:
         """The value with this id, name or alias, whatever its case.
 
         Raises:
-            UnknownValueError: No such value; the message names the nearest, or says how to switch the bioethics family on.
+            UnknownValueError: No such value; the message names the nearest, if any are near, or says how to switch the bioethics family on.
         """
         return self.find(name)
 
@@ -198,13 +200,13 @@ class Taxonomy:
             # What the caller typed stays out of the message: a mistyped argument may hold a patient's words.
             if switched_off := _bioethics_names().get(_key(name)):
                 raise UnknownValueError(
-                    f"{which}, {switched_off}, belongs to the bioethics family, which is not part of this taxonomy. "
+                    f"{which} ({switched_off}) belongs to the bioethics family, which is not part of this taxonomy. "
                     "Switch it on: Settings(bioethics=True), VISPA_BIOETHICS=true, or the option --bioethics."
                 ) from None
-            near = difflib.get_close_matches(_key(name), list(self._names), n=3, cutoff=0.0)
+            near = difflib.get_close_matches(_key(name), list(self._names), n=3, cutoff=_ALIKE)
             nearest = ", ".join(dict.fromkeys(self._names[match] for match in near))
             raise UnknownValueError(
-                f"{which} is not in the taxonomy of {len(self)} values. The nearest are: {nearest}. `vispa values` lists them all."
+                f"{which} is not in the taxonomy of {len(self)} values.{f' The nearest are: {nearest}.' if near else ''} `vispa values` lists them all."
             ) from None
 
     def find_all(self, names: Sequence[str]) -> list[Value]:
@@ -271,6 +273,11 @@ def _bioethics_names() -> dict[str, str]:
     return _names([read_value(path) for path in sorted(BIOETHICS.glob("*.yaml"))])
 
 
+def shipped_ids() -> set[str]:
+    """The ids of the values that come with vispa_graph, those of the bioethics family among them. A value's file has its id for a name."""
+    return {path.stem for folder in (SHIPPED, BIOETHICS) for path in folder.glob("*.yaml")}
+
+
 def check_is_folder(folder: Path) -> None:
     """Refuse what is no folder.
 
@@ -278,7 +285,9 @@ def check_is_folder(folder: Path) -> None:
         TaxonomyError: It is a file, or not there.
     """
     if folder.is_file():
-        raise TaxonomyError(f"{folder}: this is a file, and value files are read by the folder. Give the one that it lies in: {folder.parent}.")
+        raise TaxonomyError(
+            f"{folder}: this is a file, and value files are read by the folder. Give the one that it lies in (`{folder.resolve().parent}`)."
+        )
     if not folder.is_dir():
         raise TaxonomyError(f"{folder}: there is no such folder of values. Check the path.")
 

@@ -65,7 +65,11 @@ def test_the_wheel_from_the_sdist_holds_every_package_prompt_value_and_weight(wh
 @pytest.mark.slow
 def test_the_tests_find_the_training_code_also_where_pytest_does_not_add_the_folder_it_runs_in():
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "pytest", "--collect-only", "-q", "tests/test_training.py"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-m", "pytest", "--collect-only", "-q", "tests/test_training.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout
 

@@ -92,7 +92,7 @@ class Asks(click.Command):
         """As click does, but for the message where there is more than one."""
         rest = super().parse_args(ctx, args)
         if rest and not ctx.resilient_parsing:
-            ctx.fail(f"Got unexpected extra arguments ({' '.join(rest)}). Put the question in quotes, as in: {ctx.command_path} \"May I lie?\"")
+            ctx.fail(f'Got unexpected extra arguments ({" ".join(rest)}). Put the question in quotes, as in: {ctx.command_path} "May I lie?"')
         return rest
 
 

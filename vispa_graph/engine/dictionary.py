@@ -160,6 +160,8 @@ def learn_dictionary(
         progress: Called with (done, total) blocks.
     """
     missing = [layer for layer in layers if not (folder / f"layers.{layer}").is_dir()]
+    if missing:  # a folder that cannot be written to is found out before anything is read for it
+        folder.mkdir(parents=True, exist_ok=True)
     states = read(missing) if missing else None
     for place, layer in enumerate(missing):
         if states is not None:

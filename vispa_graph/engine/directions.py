@@ -88,6 +88,8 @@ def fit_directions(
     todo = [task for task in tasks if task.layers]
     fitted: dict[str, Direction] = {}
     states = None if store is None else StateStore(store.folder)
+    if store is not None and todo:
+        store.begin()
     for task, direction in _fit(engine, todo, {task.value.id: task.twins for task in tasks}, settings, progress, dictionary, states):
         if store is not None:
             store.add(direction, task.source)

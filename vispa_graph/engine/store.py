@@ -111,6 +111,11 @@ class DirectionStore:
         """The value and the digest of what was read for it, of all that is there."""
         return list(self._entries)
 
+    def begin(self) -> None:
+        """Make the folder with its manifest: one that cannot be written to is found out before anything is read for it."""
+        if not (self.folder / _MANIFEST).exists():
+            write_atomic(self.folder / _MANIFEST, json.dumps(self._manifest, indent=1).encode())
+
     def add(self, direction: Direction, source: str) -> None:
         """Keep a direction at its blocks."""
         self.add_all([(direction, source)])
@@ -135,8 +140,7 @@ class DirectionStore:
             tensors |= {f"{number}.{name}": np.ascontiguousarray(array) for name, array in found.items()}
         entries = [{"value": d.value, "source": source, "layers": list(d.layers)} for d, source in directions]
         content = save(tensors, {_ENTRIES: json.dumps(entries)})
-        if not (self.folder / _MANIFEST).exists():
-            write_atomic(self.folder / _MANIFEST, json.dumps(self._manifest, indent=1).encode())
+        self.begin()
         path = self.folder / f"{_digest(content)}{_SUFFIX}"
         write_atomic(path, content)
         self._index_file(path)

@@ -136,7 +136,7 @@ class TaxonomyIndex:
         import faiss
 
         with atomic_folder(folder) as temporary:
-            (temporary / _INDEX).write_bytes(faiss.serialize_index(self._index))
+            (temporary / _INDEX).write_bytes(faiss.serialize_index(self._index).tobytes())
             (temporary / _WEIGHTS).write_bytes(save({"pull": self.pull, "centroids": self.centroids}))
             sums = {name: hashlib.sha256((temporary / name).read_bytes()).hexdigest() for name in (_INDEX, _WEIGHTS)}
             manifest = _key(self.taxonomy, self.encoder) | {"phrases": len(self.phrases), "sha256": sums}

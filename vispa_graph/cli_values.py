@@ -162,10 +162,13 @@ def new(folder: Path, **given: str | None) -> None:
     if missing and not on_a_terminal():
         options = ", ".join("--" + name.removeprefix("value_") for name in missing)
         raise click.UsageError(f"Give {options}: without a terminal nothing is asked for.")
-    answers = {name: (given[name] or "").strip() or click.prompt(question, err=True).strip() for name, question in asked.items()}
-    check_id(answers["value_id"])
-    if answers["value_id"] in shipped_ids():
-        raise Refused(f"The id {answers['value_id']!r} is that of a value that comes with vispa_graph. Choose another id.")
+    answers = {}
+    for name, question in asked.items():
+        answers[name] = (given[name] or "").strip() or click.prompt(question, err=True).strip()
+        if name == "value_id":  # before anything else is asked for
+            check_id(answers[name])
+            if answers[name] in shipped_ids():
+                raise Refused(f"The id {answers[name]!r} is that of a value that comes with vispa_graph. Choose another id.")
     header = {"id": answers["value_id"], **{name: answers[name] for name in ("name", "family", "source", "definition")}}
     content = _SCAFFOLD.format(header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=140).rstrip())
     folder.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
     from vispa_graph.engine.contract import Direction
     from vispa_graph.engine.huggingface import HuggingFaceEngine
-    from vispa_graph.graph import PluralGraph
+    from vispa_graph.plural_graph import PluralGraph
     from vispa_graph.resources import Resources
     from vispa_graph.settings import Settings
     from vispa_graph.state import Output
@@ -471,7 +471,8 @@ def _run(settings: Settings, given: dict[str, Any], show: Show, trace: Path | No
     """Run the graph, and write its trace, also where it fails."""
     from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 
-    from vispa_graph.graph import check_question, create_graph
+    from vispa_graph.graph import create_graph
+    from vispa_graph.plural_graph import check_question
     from vispa_graph.resources import Resources
     from vispa_graph.settings import end_tracing_with_the_process
     from vispa_graph.tracing import TracedRun

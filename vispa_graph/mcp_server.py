@@ -24,10 +24,12 @@ from pydantic import Field, ValidationError
 
 from vispa_graph import __version__
 from vispa_graph.errors import SettingsError, VispaError
-from vispa_graph.graph import PluralGraph, create_graph, makes_comments
+from vispa_graph.graph import create_graph
+from vispa_graph.plural_graph import PluralGraph
 from vispa_graph.resources import Resources
 from vispa_graph.select import select_values
 from vispa_graph.state import Input, Mode, Output, State, check_input
+from vispa_graph.tasks import makes_comments
 from vispa_graph.tool import DESCRIPTION, answer_text, explain_arguments
 
 HOST = "127.0.0.1"

@@ -10,7 +10,7 @@ from langchain_core.tools import BaseTool, ToolException
 from pydantic import BaseModel, ConfigDict, Field
 
 from vispa_graph.errors import VispaError
-from vispa_graph.graph import PluralGraph
+from vispa_graph.plural_graph import PluralGraph
 from vispa_graph.privacy import PrivateTool
 from vispa_graph.state import Input, Mode, Output
 

@@ -17,7 +17,7 @@ from vispa_graph.attributes import ATTRIBUTE, read_attribute
 from vispa_graph.conversation import in_context
 from vispa_graph.engine.contract import Engine
 from vispa_graph.errors import SettingsError
-from vispa_graph.nodes import asteer, distributional, overton, rerank, retrieve, steer, steerable
+from vispa_graph.nodes import distributional, overton, rerank, retrieve, steer, steerable
 from vispa_graph.nodes import review as review_node
 from vispa_graph.privacy import Guard, Scrubber
 from vispa_graph.prompts import load_prompt
@@ -27,7 +27,7 @@ from vispa_graph.settings import Settings
 from vispa_graph.state import MODES, Door, Input, Mode, Output, State, SteerTask, check_input
 from vispa_graph.taxonomy_index import Encoder, Taxonomy
 from vispa_graph.threads import check_thread, told_plainly
-from vispa_graph.tracing import Untraced
+from vispa_graph.tracing import Untraced, Waiting
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
@@ -74,10 +74,10 @@ def create_graph(
     resources.check_top_k()
     builder = StateGraph(State, input_schema=Door, output_schema=Output)
     builder.add_node("retrieve", partial(retrieve, resources=resources))
-    builder.add_node("rerank", of_one_run(rerank, resources))
-    builder.add_node("steer", Untraced("steer", partial(steer, resources=resources), partial(asteer, resources=resources)))
+    builder.add_node("rerank", Waiting("rerank", of_one_run(rerank, resources)))
+    builder.add_node("steer", Waiting("steer", partial(steer, resources=resources)))
     for node in (overton, steerable, distributional):
-        builder.add_node(node.__name__, of_one_run(node, resources))
+        builder.add_node(node.__name__, Waiting(node.__name__, of_one_run(node, resources)))
 
     builder.add_edge(START, "retrieve")
     builder.add_edge("retrieve", "rerank")

@@ -16,6 +16,7 @@ from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 
 from vispa_graph.engine.fake import FakeEngine
 from vispa_graph.graph import create_graph
+from vispa_graph.settings import Settings
 from vispa_graph.waiting import Wait, answer_of, arun_steps, run_steps, settled
 
 QUERY = "Should my father have the operation?"
@@ -51,12 +52,15 @@ class Held(FakeEngine):
 
 
 @pytest.fixture
-def held(make_resources):
+def held(cache, taxonomy, word_encoder):
     engine = Held()
-    return engine, create_graph(resources=make_resources(engine=engine, fit_attributes=False, top_k=2))
+    two = taxonomy.subset(["karma", "honor"])
+    graph = create_graph(Settings(top_k=2, fit_attributes=False), engine=engine, encoder=word_encoder, taxonomy=two)
+    assert graph.resources.directions  # fitted before the runs that are watched
+    return engine, graph
 
 
-async def until(what, seconds=30):
+async def until(what, seconds=120):
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end

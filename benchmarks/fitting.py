@@ -27,8 +27,8 @@ from vispa_graph.engine.pairs import make_twins
 from vispa_graph.prompts import load_prompt
 from vispa_graph.resources import embedded_folder
 from vispa_graph.scoring import Ballot, mean_distribution, option_prompt, score_locally
-from vispa_graph.waiting import run_steps
 from vispa_graph.taxonomy_index import Taxonomy, Value
+from vispa_graph.waiting import run_steps
 
 METHODS = ("probe", "mean_difference", "pca")
 VALUES, OPTIONS = 6, ("Yes, in any case", "No, in no case", "It depends on what he wants")

@@ -247,9 +247,7 @@ def without_text(error: BaseException, *, keeps_original: bool = False) -> BaseE
     return _textless(type(error), _numbers(error), inside, error if keeps_original else None)
 
 
-def _textless(
-    cls: type[BaseException], numbers: dict[str, Any], inside: list[BaseException], original: BaseException | None = None
-) -> BaseException:
+def _textless(cls: type[BaseException], numbers: dict[str, Any], inside: list[BaseException], original: BaseException | None = None) -> BaseException:
     told = f"{REDACTED}: the error's own message may hold private text; it is at the attribute `original`"
     body = {
         "__module__": cls.__module__,

@@ -51,7 +51,8 @@ async def arun_steps(steps: Steps[T]) -> T:
     while True:
         taken = await asyncio.to_thread(_take, step)
         if not isinstance(taken, Wait):
-            return taken.result
+            result: T = taken.result
+            return result
         try:
             step = partial(steps.send, await taken.later())
         except Exception as error:
@@ -76,16 +77,24 @@ def _take(step: Callable[[], Wait[Any]]) -> Wait[Any] | _Done[Any]:
 
 def answer_of(runnable: Runnable[I, T], given: I, config: RunnableConfig, **options: Any) -> Steps[T]:
     """What a LangChain component answers."""
-    return (yield Wait(partial(runnable.invoke, given, config, **options), partial(runnable.ainvoke, given, config, **options)))
+    answer: T = yield Wait(partial(runnable.invoke, given, config, **options), partial(runnable.ainvoke, given, config, **options))
+    return answer
 
 
 def answers_of(runnable: Runnable[I, T], given: list[I], config: RunnableConfig) -> Steps[list[T]]:
     """What a LangChain component answers to each of several inputs."""
-    return (yield Wait(partial(runnable.batch, given, config), partial(runnable.abatch, given, config)))
+    answers: list[T] = yield Wait(partial(runnable.batch, given, config), partial(runnable.abatch, given, config))
+    return answers
 
 
 def settled(begin: Callable[[], Sequence[Future[T]]]) -> Steps[list[T | Exception]]:
     """The results or errors of futures; they are cancelled if the wait is."""
+
+    def outcome(future: Future[T]) -> T | Exception:
+        try:
+            return future.result()
+        except Exception as error:
+            return error
 
     def now() -> list[T | Exception]:
         futures = begin()
@@ -94,18 +103,12 @@ def settled(begin: Callable[[], Sequence[Future[T]]]) -> Steps[list[T | Exceptio
         finally:
             for future in futures:
                 future.cancel()
-        return [_outcome(future) for future in futures]
+        return [outcome(future) for future in futures]
 
     async def later() -> list[T | Exception]:
         futures = begin()
         await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
-        return [_outcome(future) for future in futures]
+        return [outcome(future) for future in futures]
 
-    return (yield Wait(now, later))
-
-
-def _outcome(future: Future[T]) -> T | Exception:
-    try:
-        return future.result()
-    except Exception as error:
-        return error
+    outcomes: list[T | Exception] = yield Wait(now, later)
+    return outcomes

@@ -57,7 +57,7 @@ def refuse_other_settings(begun_with: Mapping[str, Any], resources: Resources) -
         )
 
 
-def of_one_run(node: Callable[..., N], resources: Resources) -> Callable[[State, RunnableConfig], N]:
+def of_one_run(node: Callable[..., N], resources: Resources) -> Callable[..., N]:
     """The node on these resources, refusing the state of a run that was begun with others."""
 
     def checked(state: State, config: RunnableConfig) -> N:

@@ -11,7 +11,7 @@ from langgraph.types import Checkpointer
 
 from vispa_graph.engine.contract import Engine
 from vispa_graph.errors import SettingsError
-from vispa_graph.nodes import asteer, distributional, overton, rerank, retrieve, steer, steerable
+from vispa_graph.nodes import distributional, overton, rerank, retrieve, steer, steerable
 from vispa_graph.nodes import review as review_node
 from vispa_graph.plural_graph import PluralGraph
 from vispa_graph.privacy import Scrubber
@@ -21,7 +21,7 @@ from vispa_graph.settings import Settings
 from vispa_graph.state import MODES, Door, Mode, Output, State
 from vispa_graph.tasks import aone_task_per_value, one_task_per_value
 from vispa_graph.taxonomy_index import Encoder, Taxonomy
-from vispa_graph.tracing import Untraced
+from vispa_graph.tracing import Untraced, Waiting
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
@@ -65,10 +65,10 @@ def create_graph(
     resources.check_top_k()
     builder = StateGraph(State, input_schema=Door, output_schema=Output)
     builder.add_node("retrieve", partial(retrieve, resources=resources))
-    builder.add_node("rerank", of_one_run(rerank, resources))
-    builder.add_node("steer", Untraced("steer", partial(steer, resources=resources), partial(asteer, resources=resources)))
+    builder.add_node("rerank", Waiting("rerank", of_one_run(rerank, resources)))
+    builder.add_node("steer", Waiting("steer", partial(steer, resources=resources)))
     for node in (overton, steerable, distributional):
-        builder.add_node(node.__name__, of_one_run(node, resources))
+        builder.add_node(node.__name__, Waiting(node.__name__, of_one_run(node, resources)))
 
     builder.add_edge(START, "retrieve")
     builder.add_edge("retrieve", "rerank")

@@ -92,7 +92,7 @@ class HuggingFaceEngine:
         model: Any causal language model whose decoder blocks can be found.
         tokenizer: Its tokenizer; a chat template is used where it has one.
         name: What traces and manifests call it.
-        linger: Seconds that a request waits for others to share its batch; up to four times as long while more keep coming.
+        linger: Seconds that a request waits for others to share its batch; up to four times as long while more of its kind keep coming.
         capacity: Largest rows x width of a batch, in tokens, prompt and completion together.
         queue_size: Most requests that wait; more fail with an `EngineBusyError`.
         timeout: Seconds that requests without a timeout of their own have; None for no end.

@@ -28,6 +28,7 @@ from vispa_graph.prompts import load_prompt
 from vispa_graph.resources import embedded_folder
 from vispa_graph.scoring import Ballot, mean_distribution, option_prompt, score_locally
 from vispa_graph.taxonomy_index import Taxonomy, Value
+from vispa_graph.waiting import run_steps
 
 METHODS = ("probe", "mean_difference", "pca")
 VALUES, OPTIONS = 6, ("Yes, in any case", "No, in no case", "It depends on what he wants")
@@ -127,12 +128,12 @@ def distribution_ratio(engine: HuggingFaceEngine, rounds: int, new_tokens: int) 
         futures = [engine.generate(GenerationRequest([{"role": "user", "content": prompt}], s, new_tokens)) for s in steerings]
         texts = [future.result().text for future in futures]
         ballots = [Ballot(str(n), order, option_prompt(QUESTION, OPTIONS, text, None)) for n, text in enumerate(texts)]
-        mean_distribution(ballots, score_locally(engine, ballots)[0])
+        mean_distribution(ballots, run_steps(score_locally(engine, ballots))[0])
 
     def direct() -> None:
         prompt = option_prompt(QUESTION, OPTIONS, None, None)
         ballots = [Ballot(str(n), order, prompt, steering) for n, steering in enumerate(steerings)]
-        mean_distribution(ballots, score_locally(engine, ballots)[0])
+        mean_distribution(ballots, run_steps(score_locally(engine, ballots))[0])
 
     direct()
     found = medians({"comment and score": comments_then_score, "direct": direct}, rounds)

@@ -4,7 +4,7 @@
     python -m venv phoenix && phoenix/bin/pip install arize-phoenix     # 900 MB, and its own versions of much: apart from ours
     python examples/phoenix_viewer.py phoenix/bin/phoenix               # add --stay to look at http://127.0.0.1:6006 afterwards
 
-Phoenix is told to listen on this machine only; by itself it would listen on all addresses. The texts are left out of what it gets, as
+Phoenix is told to listen on this machine only (on another port with PHOENIX_PORT); by itself it would listen on all addresses. The texts are left out of what it gets, as
 everywhere; `Settings(trace_content=True)` puts them in.
 """
 
@@ -28,7 +28,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 from vispa_graph import Settings, create_graph
 
-URL = "http://127.0.0.1:6006"
+URL = f"http://127.0.0.1:{os.environ.get('PHOENIX_PORT', '6006')}"  # Phoenix reads the variable too
 PROJECT = "vispa"
 QUESTION = "Should my father, 84, have an operation he does not want?"
 

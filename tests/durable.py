@@ -11,14 +11,18 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 
+from langchain_core.runnables import RunnableLambda
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+from langgraph.graph import START, StateGraph
 from langgraph.types import Command
+from typing_extensions import TypedDict
 
 import vispa_graph.engine.directions
 import vispa_graph.engine.layers
 import vispa_graph.engine.store
+from vispa_graph import as_tool
 from vispa_graph.engine.fake import FakeEngine
 from vispa_graph.graph import create_graph
 from vispa_graph.settings import Settings
@@ -68,7 +72,35 @@ class NoWords:
     fingerprint = "none"
 
 
-def serve(folder: str, thread: str, asynchronous: bool, resume: object, pause: float, review: bool = False) -> None:
+class Asked(TypedDict, total=False):
+    """What a host knows; as a node ours shares it."""
+
+    query: str
+    options: list
+    values: list
+    response: str
+    distribution: dict
+    answer: dict
+
+
+def hosted(inner, place, saver):
+    """A graph around ours that has it as a node, or asks it in one, by a call or as a tool; ours itself where there is no such place."""
+    if place is None:
+        return inner
+    tool = as_tool(inner)
+    call = {"name": tool.name, "args": GIVEN, "id": "1", "type": "tool_call"}
+
+    def ask(_):
+        return {"answer": tool.invoke(call).artifact if place == "tool" else inner.invoke(GIVEN)}
+
+    async def aask(_):
+        return {"answer": (await tool.ainvoke(call)).artifact if place == "tool" else await inner.ainvoke(GIVEN)}
+
+    node = inner if place == "node" else RunnableLambda(ask, aask)
+    return StateGraph(Asked).add_node("ask", node).add_edge(START, "ask").compile(checkpointer=saver)
+
+
+def serve(folder: str, thread: str, asynchronous: bool, resume: object, pause: float, review: bool = False, place: str | None = None) -> None:
     """Begin the run of a thread, or go on with it, and write its output where it ends."""
     place = Path(folder)
     given = GIVEN if resume is None else None if resume == "go on" else Command(resume=resume)
@@ -85,12 +117,13 @@ def serve(folder: str, thread: str, asynchronous: bool, resume: object, pause: f
         async def run():
             async with AsyncSqliteSaver.from_conn_string(str(place / "runs.sqlite")) as saver:
                 saver.serde = STRICT
-                return await create_graph(**parts, checkpointer=saver).ainvoke(given, config)
+                return await hosted(create_graph(**parts, checkpointer=saver), place, saver).ainvoke(given, config)
 
         out = asyncio.run(run())
     else:
         connection = sqlite3.connect(place / "runs.sqlite", check_same_thread=False)
-        out = create_graph(**parts, checkpointer=SqliteSaver(connection, serde=STRICT)).invoke(given, config)
+        saver = SqliteSaver(connection, serde=STRICT)
+        out = hosted(create_graph(**parts, checkpointer=saver), place, saver).invoke(given, config)
         connection.close()
     written = place / f"{thread}.out"
     written.with_suffix(".part").write_bytes(STRICT.dumps_typed(out)[1])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vispa_graph.engine.batching import Batcher, Job
+from vispa_graph.engine.batching import Batcher, Job, lingers_until
 from vispa_graph.errors import BatchError, DeadlineError, EngineBusyError, EngineClosedError, NonFiniteError
 
 
@@ -79,12 +79,55 @@ def test_requests_that_keep_coming_prolong_the_linger(batcher_of):
 
 
 def test_but_the_first_request_waits_no_more_than_four_lingers(batcher_of):
-    batcher = batcher_of(Runner(), linger=0.2, capacity=10_000)
+    batcher = batcher_of(Runner(), linger=0.3, capacity=10_000)
+    started = time.monotonic()
     first = batcher.submit(Job("a", 1, 1))
-    for number in range(40):
+    while not first.done():
+        assert time.monotonic() < started + 8 * 0.3
         time.sleep(0.05)
-        batcher.submit(Job("a", 1, number))
-    assert first.done()
+        batcher.submit(Job("a", 1, 1))
+
+
+def test_requests_of_another_kind_do_not_prolong_the_linger(batcher_of):
+    batcher = batcher_of(Runner(), linger=0.6, capacity=10_000)
+    started = time.monotonic()
+    first = batcher.submit(Job("a", 1, 1))
+    while not first.done():
+        assert time.monotonic() < started + 3 * 0.6
+        time.sleep(0.05)
+        batcher.submit(Job("b", 1, 1))
+
+
+def test_a_request_that_waited_as_long_for_another_batch_lingers_no_more(batcher_of):
+    run = Runner(held=True)
+    batcher = batcher_of(run, linger=1.5, capacity=10)
+    batcher.submit(Job("first", 10, 0))
+    batcher.submit(Job("first", 10, 0))  # a full batch, which does not linger
+    assert run.entered.wait(30)
+    waited = batcher.submit(Job("a", 1, 1))
+    time.sleep(1.6)
+    batcher.submit(Job("a", 1, 2))
+    run.gate.set()
+    assert waited.result(1.2) == 2
+
+
+arrivals = st.lists(st.floats(0, 1), min_size=1, max_size=20).map(sorted)
+
+
+@given(arrivals, st.floats(0.001, 0.1), st.floats(0, 1))
+def test_no_request_lingers_longer_than_four_times_and_none_that_has_once_already(came, linger, free):
+    until = lingers_until(came, linger, free)
+    assert until <= max(free, came[0] + 4 * linger)
+    if came[0] + linger <= free:
+        assert until == free
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=4), st.floats(0.001, 0.1))
+def test_requests_that_come_within_a_linger_of_each_other_are_all_waited_for(gaps, linger):
+    came = [0.0]
+    for gap in gaps[:-1]:
+        came.append(came[-1] + gap * linger)
+    assert lingers_until(came, linger, free=0.0) == pytest.approx(came[-1] + linger)
 
 
 def test_requests_that_come_within_the_linger_of_each_other_run_together(batcher_of):

@@ -23,8 +23,8 @@ def start(tmp_path_factory):
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["durable"])
 
-    def start(thread, *, asynchronous, resume=None, pause=0.0, review=False):
-        process = processes.Process(target=durable.serve, args=(str(folder), thread, asynchronous, resume, pause, review))
+    def start(thread, *, asynchronous, resume=None, pause=0.0, review=False, place=None):
+        process = processes.Process(target=durable.serve, args=(str(folder), thread, asynchronous, resume, pause, review, place))
         process.start()
         return process
 
@@ -52,11 +52,13 @@ def output_of(start, thread):
     return durable.STRICT.loads_typed(("msgpack", written.read_bytes())) if written.exists() else None
 
 
-def finished_on(start, thread):
-    """The values whose comments are in the checkpointer."""
+def finished_on(start, thread, place=None):
+    """The values whose comments are in the checkpointer; with a place, in that of the host around."""
     connection = sqlite3.connect(start.folder / "runs.sqlite")
     try:
-        found = SqliteSaver(connection, serde=durable.STRICT).get_tuple({"configurable": {"thread_id": thread}})
+        inside = "select distinct checkpoint_ns from checkpoints where thread_id = ? and checkpoint_ns like 'ask:%'"
+        [name] = [row[0] for row in connection.execute(inside, (thread,))] if place else [""]
+        found = SqliteSaver(connection, serde=durable.STRICT).get_tuple({"configurable": {"thread_id": thread, "checkpoint_ns": name}})
     finally:
         connection.close()
     if found is None:
@@ -65,10 +67,10 @@ def finished_on(start, thread):
     return pending + [comment["value"] for comment in found.checkpoint["channel_values"].get("comments", [])]
 
 
-def kill_during_fan_out(start, thread, chance, asynchronous):
+def kill_during_fan_out(start, thread, chance, asynchronous, place=None):
     """Kill the run of a thread once a random number of its comments were made, at a random moment between two of them."""
     pause = 0.02
-    process = start(thread, asynchronous=asynchronous, pause=pause)
+    process = start(thread, asynchronous=asynchronous, pause=pause, place=place)
     made = chance.randrange(len(durable.VALUES))
     while len(log_of(start, thread)) < made or not (start.folder / f"{thread}.begun").exists():
         assert process.is_alive(), "the run ended before it could be killed"
@@ -102,6 +104,25 @@ def test_a_run_killed_at_any_moment_of_the_fan_out_goes_on_without_making_a_fini
             f"{lost} were made but not yet written when the kill came; comments kept per run: {sorted(saved)}"
         )
     assert any(0 < count < len(durable.VALUES) for count in saved)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("place", ["node", "call", "tool"])
+def test_so_does_one_inside_a_host_that_is_killed(start, asynchronous, place):
+    way, chance = f"{place}-{'async' if asynchronous else 'sync'}", random.Random(7)
+    ended(start(f"hosted-undisturbed-{way}", asynchronous=asynchronous, place=place))
+    expected, kept = output_of(start, f"hosted-undisturbed-{way}"), []
+    for number in range(KILLS // 5):
+        thread = f"hosted-{way}-{number}"
+        before = kill_during_fan_out(start, thread, chance, asynchronous, place)
+        finished = finished_on(start, thread, place)
+        ended(start(thread, asynchronous=asynchronous, resume="go on", place=place))
+        again = log_of(start, thread)[len(before) :]
+        assert sorted(finished + again) == sorted(durable.VALUES)
+        assert output_of(start, thread) == expected
+        kept.append(len(finished))
+    assert any(0 < count < len(durable.VALUES) for count in kept)
 
 
 @pytest.mark.slow

@@ -1300,6 +1300,40 @@ def test_read_gives_the_state_after_every_block_at_the_last_token_of_each_text(a
         assert np.allclose(state[-1], outputs[-1][0][0, -1].numpy(), rtol=1e-3, atol=1e-4)
 
 
+TWINS = [
+    "I told the truth although it cost me.",
+    "I told the truth because it paid.",
+    "I told the truth",
+    "I told the truth",
+    "I hid the truth although it cost me.",
+    "I hid the truth because it paid. " * 5,
+]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_texts_that_begin_alike_are_read_as_if_each_were_alone(architecture, opened):
+    engine = opened(tiny_model(architecture))
+    alone = np.concatenate([engine.read([text]) for text in TWINS])
+    assert np.allclose(engine.read(TWINS), alone, rtol=1e-3, atol=1e-4)
+
+
+def test_what_two_texts_begin_with_is_read_once(opened):
+    engine = opened(tiny_model())
+    widths = []
+    engine._model.register_forward_pre_hook(lambda _m, _a, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True)
+    engine.read(["Would she tell him so?", "Would she tell him lies?"])
+    assert widths == [(1, len("Would she tell him ") + len("so?") + len("lies?"))]
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "bloom", "jamba"])
+def test_where_a_window_positions_or_a_memory_of_the_models_own_forbid_it_each_text_has_its_row(architecture, opened):
+    engine = opened(tiny_model(architecture))
+    rows = []
+    engine._model.register_forward_pre_hook(lambda _m, _a, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    engine.read(["Would she tell him so?", "Would she tell him lies?"])
+    assert rows == [2]
+
+
 @settings(deadline=None, max_examples=8, derandomize=True)
 @given(order=st.permutations(range(len(TEXTS))))
 def test_read_does_not_depend_on_the_order_of_the_texts(order, engines):

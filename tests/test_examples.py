@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from ast import literal_eval
@@ -19,6 +20,7 @@ from langchain_core.messages import AIMessage
 
 from vispa_graph import Settings
 from vispa_graph.cli import main as vispa
+from vispa_graph.graph import create_graph
 from vispa_graph.state import Input, Output
 from vispa_graph.taxonomy_index import Taxonomy
 
@@ -124,13 +126,17 @@ def test_the_health_care_assistant_runs_offline_and_calls_the_tool_that_each_que
     assert re.search(r"It depends: \d+%", both)
 
 
-@pytest.fixture
-def assistant():
-    """The example as a module."""
-    spec = spec_from_file_location("health_care_assistant", ROOT / "examples" / "health_care_assistant.py")
+def module_of(example: str):
+    """An example as a module."""
+    spec = spec_from_file_location(example, ROOT / "examples" / f"{example}.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def assistant():
+    return module_of("health_care_assistant")
 
 
 def test_the_assistant_takes_any_chat_model_and_tells_it_when_a_question_is_one_of_values(assistant, fake_graph):
@@ -184,6 +190,30 @@ def test_a_host_with_packages_tracing_threads_and_a_loop_of_its_own_embeds_the_g
     assert "7 traces of the host, each with one run of ours and all inside it: True" in lines
     assert "the messages are in our part of the host's traces: False" in lines
     assert lines[-1].startswith("(Values heard: ")
+
+
+def test_the_viewer_example_sends_a_run_to_a_server_that_it_starts_reads_it_back_and_stops_it(monkeypatch, capsys, make_resources, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("PHOENIX_PORT", str(port))
+    program = tmp_path / "phoenix"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{ROOT / "tests" / "phoenix_stand_in.py"}" "$@"\n')
+    program.chmod(0o755)
+    viewer = module_of("phoenix_viewer")
+    monkeypatch.setattr(viewer, "create_graph", lambda settings: create_graph(resources=make_resources(top_k=settings.top_k)))
+    try:
+        viewer.main(str(program), stay=False)
+    finally:
+        viewer.LangChainInstrumentor().uninstrument()
+    *tree, last = capsys.readouterr().out.splitlines()
+    assert last == "The question is in what Phoenix holds: False"
+    assert tree[0] == "vispa (CHAIN)"
+    assert [line.strip() for line in tree if line.startswith("  ") and not line.startswith("    ")] == [
+        f"{node} (CHAIN)" for node in ("retrieve", "rerank", "steer", "steer", "steer", "overton")
+    ]
+    assert len([line for line in tree if re.match(r"    steer [a-z-]+ \(LLM\), \d+ tokens$", line)]) == 3
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
 
 
 def blocks(language: str) -> list[str]:

@@ -562,6 +562,16 @@ def test_a_review_is_resumed_with_the_values_to_hear_in_their_order(reviewed, ru
 
 
 @both_ways
+def test_every_value_of_a_review_may_be_named_as_it_was_shown(make_resources, run):
+    graph = create_graph(resources=make_resources(top_k=2, fit_attributes=True), checkpointer=InMemorySaver(), review=True)
+    [stop] = run(graph, {"query": QUERY, "attribute": "a nurse"}, thread())["__interrupt__"]
+    shown = stop.value["values"]
+    assert shown[0]["name"] == "the attribute asked for"
+    out = run(graph, Command(resume=[value["name"] for value in reversed(shown)]), thread())
+    assert ids(out["comments"]) == [value["id"] for value in reversed(shown)]
+
+
+@both_ways
 @pytest.mark.parametrize(
     ("edited", "problem"),
     [

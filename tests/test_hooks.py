@@ -75,7 +75,7 @@ def test_an_error_inside_the_context_leaves_nothing_behind():
         before = model(IDS).logits
         with pytest.raises(RuntimeError, match="stop"), hooks.steering(BatchPlan([steer(random_direction([1]))] * 2, CPU)):
             raise RuntimeError("stop")
-        with pytest.raises(RuntimeError, match="stop"), hooks.recording(torch.tensor([0, 0])) as recorded:
+        with pytest.raises(RuntimeError, match="stop"), hooks.recording(torch.tensor([0]), torch.tensor([0])) as recorded:
             raise RuntimeError("stop")
         assert torch.equal(model(IDS).logits, before)
     assert recorded == []
@@ -209,13 +209,14 @@ def test_states_that_are_not_finite_are_refused_with_the_layer(bad):
         plan.apply(0, states_of([bad, 0.0, 0.0]))
 
 
-def test_recording_gives_each_rows_state_at_its_own_last_token_after_every_block():
+def test_recording_gives_the_states_at_the_places_asked_for_after_every_block():
     model = tiny_model()
     hooks = Hooks(find_blocks(model))
-    with torch.inference_mode(), block_outputs(model) as outputs, hooks.recording(torch.tensor([4, 1])) as states:
+    rows, places = torch.tensor([0, 1, 1]), torch.tensor([4, 1, 3])
+    with torch.inference_mode(), block_outputs(model) as outputs, hooks.recording(rows, places) as states:
         model(IDS)
     assert len(states) == DEPTH
     for layer, state in enumerate(states):
-        assert state.shape == (2, WIDTH)
-        assert torch.equal(state[0], outputs[layer][0][0, 4])
-        assert torch.equal(state[1], outputs[layer][0][1, 1])
+        assert state.shape == (3, WIDTH)
+        for number, (row, place) in enumerate(zip(rows, places, strict=True)):
+            assert torch.equal(state[number], outputs[layer][0][row, place])

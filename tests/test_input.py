@@ -147,3 +147,26 @@ def test_misspelt_keys_are_told_apart_from_the_state_of_a_host_graph():
     door = check_input({"query": QUERY, "atribute": "a nurse", "option": ["Yes", "No"], "messages": [], "user_id": 7, "notes": ["kept by the host"]})
     assert door["ignored"] == ["atribute", "option"]
     assert door["mode"] == "overton"
+
+
+LEFT = [{"id": "karma", "reason": "as asked"}]
+
+
+@given(mode=st.sampled_from(MODES), attribute=maybe_text, population=maybe_text, options=maybe_options)
+def test_a_mode_that_came_with_the_values_of_an_earlier_answer_follows_from_the_inputs_and_is_told_where_it_changes(
+    mode, attribute, population, options
+):
+    inputs = {"query": QUERY, "attribute": attribute, "population": population, "options": options}
+    try:
+        alone = check_input(inputs)
+    except VispaError as error:
+        with pytest.raises(type(error)):
+            check_input({**inputs, "mode": mode, "values": LEFT})
+        return
+    found = check_input({**inputs, "mode": mode, "values": LEFT})
+    assert found == {**alone, "ignored": ["mode"] if alone["mode"] != mode else []}
+
+
+def test_a_mode_that_no_answer_of_ours_could_have_left_is_refused():
+    with pytest.raises(UnknownModeError):
+        check_input({"query": QUERY, "mode": PRIVATE, "values": LEFT})

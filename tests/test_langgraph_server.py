@@ -16,7 +16,7 @@ import httpx
 import pytest
 from langgraph_sdk import get_sync_client
 
-from vispa_graph.graph import PluralGraph
+from vispa_graph.plural_graph import PluralGraph
 
 ROOT = Path(__file__).parent.parent
 SERVED = json.loads((ROOT / "langgraph.json").read_text())["graphs"]

@@ -376,6 +376,38 @@ def test_only_the_last_runs_are_kept(monkeypatch, fake_resources):
     assert anyio.run(run) == [True, False, False]
 
 
+def test_runs_that_were_never_answered_push_out_none_that_was(monkeypatch, make_resources):
+    monkeypatch.setattr(mcp_server, "RUNS_KEPT", 2)
+    bad = ({"query": QUERY, "values": ["no such value"]}, {"query": f"May {PRIVATE} go home?", "values": ["honor"]}) * 2
+
+    async def run():
+        async with Client(create_server(make_resources(engine=Breaking()))) as client:
+            run = (await client.call_tool("ask", {"query": QUERY, "values": ["karma"]})).structured_content["run"]
+            refused = [await client.call_tool("ask", arguments) for arguments in bad]
+            return refused, await client.call_tool("explain_run", {"run": run})
+
+    refused, explained = anyio.run(run)
+    assert all(result.is_error for result in refused)
+    assert explained.structured_content["turns"] == [QUERY]
+
+
+def test_a_run_that_cannot_be_explained_shows_the_kind_of_failure_but_no_text(monkeypatch, fake_resources):
+    def fails(state):
+        raise KeyError(PRIVATE)
+
+    monkeypatch.setattr(mcp_server, "explain", fails)
+
+    async def run():
+        async with Client(create_server(fake_resources)) as client:
+            run = (await client.call_tool("ask", {"query": QUERY, "values": ["karma"]})).structured_content["run"]
+            return await client.call_tool("explain_run", {"run": run})
+
+    result = anyio.run(run)
+    assert result.is_error
+    assert "KeyError" in text(result)
+    assert PRIVATE not in text(result)
+
+
 def test_after_a_follow_up_that_failed_the_turn_before_it_is_explained(make_resources):
     async def run():
         async with Client(create_server(make_resources(engine=Breaking()))) as client:

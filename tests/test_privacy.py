@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http import HTTPStatus
 
 import pytest
 from collector import Collector
@@ -23,6 +25,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import Command
 from langsmith import Client, traceable, tracing_context
+from pydantic import TypeAdapter, ValidationError
 from test_tracing import Scripted, drain
 from typing_extensions import TypedDict
 
@@ -52,6 +55,13 @@ def comment(request):
     return marked(f"One should think of {request.steering.direction.value if request.steering else 'nothing'}") + "."
 
 
+def noted(*events):
+    """All that a handler can read of what it is given, errors' attributes and causes too."""
+    errors = [entry for event in events if isinstance(event, tuple) for entry in event if isinstance(entry, BaseException)]
+    causes = [cause for error in errors for cause in (error.__cause__, error.__suppress_context__ or error.__context__)]
+    return repr((events, [(vars(error), error.args, getattr(error, "message", None)) for error in (*errors, *causes) if hasattr(error, "args")]))
+
+
 class Recorder(BaseCallbackHandler):
     """A handler of a host that writes down all it is given."""
 
@@ -63,7 +73,7 @@ class Recorder(BaseCallbackHandler):
             return super().__getattribute__(name)
 
         def note(*given, **named):
-            self.seen.append(repr((name, given, named)))
+            self.seen.append(noted(name, given, named))
 
         return note
 
@@ -73,7 +83,7 @@ class AsyncRecorder(AsyncCallbackHandler):
         self.seen = []
 
     async def on_chain_start(self, *given, **named):
-        self.seen.append(repr((given, named)))
+        self.seen.append(noted(given, named))
 
     on_chain_end = on_chain_error = on_chat_model_start = on_llm_end = on_llm_error = on_llm_new_token = on_chain_start
     on_retriever_start = on_retriever_end = on_chain_start
@@ -376,6 +386,30 @@ class Quoting(FakeListChatModel):
         raise ConnectionRefusedError(f"bad request: {messages}")
 
 
+class Refused(Exception):
+    """Shaped as the errors of API clients: the prompt is in its attributes too."""
+
+    def __init__(self, message, *, body):
+        super().__init__(message)
+        self.message, self.body, self.status_code = message, body, 400
+
+
+class Refusing(FakeListChatModel):
+    def _call(self, messages, *given, **named):
+        raise Refused(f"content filter: {messages[0].content}", body={"prompt": messages[0].content})
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke", "host node", "async host node", "async tool"])
+@pytest.mark.parametrize("observer", ["handler", "async_handler", "own_tracer", "openinference"])
+def test_no_attribute_of_an_error_leaks_to_an_observer_of_ours_or_of_the_host_s_runs(make_graph, collector, logged, observer, way):
+    with OBSERVERS[observer](collector) as (config, read):
+        with pytest.raises(Refused) as caught:
+            WAYS[way](make_graph(main_llm=Refusing(responses=["x"])), config)
+        assert check_private(read, logged, lambda: repr(vars(caught.value)).encode())
+    assert caught.value.status_code == 400
+    assert MARK in caught.value.original.message
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize(
     "parts",
@@ -620,14 +654,87 @@ def test_an_error_keeps_its_class_and_what_it_carries_but_not_its_text(make_grap
         make_graph(main_llm=Failing(responses=[""]), trace_content=True).invoke(INPUTS["overton"])
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(5, MARK), UnicodeDecodeError("utf-8", b"x", 0, 1, MARK), KeyboardInterrupt(MARK), ExceptionGroup(MARK, [ValueError(MARK)])]
-)
-def test_any_error_can_be_shown_without_its_text(error):
+class Demanding(Exception):
+    def __new__(cls, one, two):
+        return super().__new__(cls, one, two)
+
+    def __init__(self, one, two):
+        self.two = two
+
+
+class Slotted(ValueError):
+    __slots__ = ("status", "text")
+
+    def __init__(self, status, text):
+        self.status, self.text = status, text
+
+
+class Unchanging(Exception):
+    def __setattr__(self, *_):
+        raise TypeError("it cannot be changed")
+
+
+class Sealed(ConnectionError):
+    def __init_subclass__(cls, *, key):
+        pass
+
+
+ERRORS = [
+    OSError(5, MARK, MARK),
+    UnicodeDecodeError("utf-8", b"x", 0, 1, MARK),
+    KeyboardInterrupt(MARK),
+    Refused(MARK, body=MARK),
+    Demanding(MARK, 2),
+    Slotted(404, MARK),
+    Unchanging(MARK),
+    ExceptionGroup(MARK, [ValueError(MARK), Refused(MARK, body=MARK)]),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_any_error_can_be_shown_without_its_text_and_stays_one_of_its_class(error):
     shown = without_text(error)
-    assert isinstance(shown, BaseException)
+    assert isinstance(shown, type(error))
     assert type(shown).__name__ == type(error).__name__
-    assert MARK not in f"{shown!r} {shown}"
+    assert MARK not in f"{shown!r} {shown} {vars(shown)} {shown.args} {getattr(shown, 'exceptions', '')} {getattr(shown, 'filename', '')}"
+    assert shown.original is None
+    assert without_text(error, keeps_original=True).original is error
+
+
+def test_the_numbers_that_an_error_carries_remain():
+    assert without_text(OSError(5, MARK)).errno == 5
+    assert without_text(Slotted(404, MARK)).status == 404
+    assert vars(without_text(Refused(MARK, body=MARK))) == {"status_code": 400}
+    coded = Refused(MARK, body=None)
+    coded.code, coded.retry, coded.__notes__ = HTTPStatus.TOO_MANY_REQUESTS, True, [MARK]
+    assert repr(vars(without_text(coded))) == "{'body': None, 'status_code': 400, 'code': 429, 'retry': True}"
+
+
+def test_the_errors_of_a_group_can_be_told_apart_and_hold_no_text():
+    shown = without_text(ExceptionGroup(MARK, [ValueError(MARK), Refused(MARK, body=MARK)]))
+    values, others = shown.split(ValueError)
+    assert [type(error).__name__ for error in values.exceptions] == ["ValueError"]
+    assert [vars(error) for error in others.exceptions] == [{"status_code": 400}]
+    assert MARK not in f"{values!r} {values.exceptions} {others!r} {others.exceptions}"
+
+
+def test_an_error_whose_class_cannot_be_derived_from_is_shown_as_the_nearest_that_can():
+    shown = without_text(Sealed(MARK))
+    assert isinstance(shown, ConnectionError)
+    assert not isinstance(shown, Sealed)
+    assert type(shown).__name__ == "Sealed"
+    with pytest.raises(ValidationError) as invalid:
+        TypeAdapter(int).validate_python(MARK)
+    assert isinstance(without_text(invalid.value), ValueError)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_what_is_shown_of_an_error_can_be_pickled_and_takes_no_text_along(error):
+    pickled = pickle.dumps(without_text(error, keeps_original=True))
+    assert MARK.encode() not in pickled
+    loaded = pickle.loads(pickled)
+    assert isinstance(loaded, type(error))
+    assert vars(loaded) == vars(without_text(error))
 
 
 # Content on request

@@ -23,6 +23,7 @@ from vispa_graph.graph import create_graph
 from vispa_graph.nodes.distributional import in_words
 from vispa_graph.scoring import Ballot, decode_plurally, mean_distribution, option_prompt, pluralistic_logits, rotations, score_by_chat, score_locally
 from vispa_graph.state import LETTERS
+from vispa_graph.waiting import run_steps
 
 QUERY = "Should he have the operation?"
 OPTIONS = ["Yes", "No", "Unsure"]
@@ -35,7 +36,7 @@ def ballots(*prompts, size=3):
 
 
 def answers(*texts):
-    return score_by_chat(FakeListChatModel(responses=list(texts)), ballots(*["prompt"] * len(texts)), {})
+    return run_steps(score_by_chat(FakeListChatModel(responses=list(texts)), ballots(*["prompt"] * len(texts)), {}))
 
 
 def with_logprobs(top, text="?"):
@@ -45,7 +46,7 @@ def with_logprobs(top, text="?"):
 
 def scored(message, size=3):
     model = FakeMessagesListChatModel(responses=[message])
-    return score_by_chat(model, ballots("prompt", size=size), {})
+    return run_steps(score_by_chat(model, ballots("prompt", size=size), {}))
 
 
 def test_the_prompt_shows_passage_question_and_lettered_options():
@@ -121,7 +122,7 @@ def test_an_answer_is_one_vote_or_left_out_but_never_spread_evenly(text):
 
 def test_the_local_model_s_probabilities_are_taken_as_they_are():
     engine = FakeEngine()
-    rows, notes, cut = score_locally(engine, ballots("one", "two"))
+    rows, notes, cut = run_steps(score_locally(engine, ballots("one", "two")))
     assert [r.letters for r in engine.requests] == [("A", "B", "C")] * 2
     assert rows == [list(engine.score(request).result().probabilities) for request in engine.requests[:2]]
     assert (notes, cut) == ([], [0, 0])
@@ -138,7 +139,7 @@ class Hesitant(FakeEngine):
 
 
 def test_a_model_that_was_not_about_to_say_a_letter_is_noted_and_what_was_cut_is_told():
-    _, [note], cut = score_locally(Hesitant(), ballots("one", "two"))
+    _, [note], cut = run_steps(score_locally(Hesitant(), ballots("one", "two")))
     assert "probability from: Honor. Read their share with care" in note
     assert cut == [0, 7]
 
@@ -201,7 +202,8 @@ def test_all_orders_of_the_options_take_the_preference_for_a_letter_out(make_res
 
 
 def test_a_chat_models_vote_is_counted_for_the_option_under_its_letter():
-    rows, _ = score_by_chat(FakeListChatModel(responses=["A", "A"]), [Ballot("Karma", (0, 1, 2), "p"), Ballot("Karma", (2, 0, 1), "p")], {})
+    asked = [Ballot("Karma", (0, 1, 2), "p"), Ballot("Karma", (2, 0, 1), "p")]
+    rows, _ = run_steps(score_by_chat(FakeListChatModel(responses=["A", "A"]), asked, {}))
     assert rows == [[1, 0, 0], [0, 0, 1]]
 
 
@@ -272,7 +274,7 @@ def test_decoding_says_who_was_asked_where_the_model_was_not_about_to_say_a_lett
             future.set_result(Scores((0.3, 0.3, 0.4), 0.001, 5, logits, ((0,), (1,), (2,))))
             return future
 
-    rows, notes, cut = decode_plurally(Silent(), ballots("one", "one"))
+    rows, notes, cut = run_steps(decode_plurally(Silent(), ballots("one", "one")))
     assert cut == [5, 5, 5]
     assert rows == [pytest.approx([1 / 3] * 3)]
     assert len(notes) == 1
@@ -281,7 +283,7 @@ def test_decoding_says_who_was_asked_where_the_model_was_not_about_to_say_a_lett
 
 def test_an_engine_that_gives_no_logits_cannot_be_decoded_from():
     with pytest.raises(AggregationError, match="no logits"):
-        decode_plurally(Hesitant(), ballots("one"))
+        run_steps(decode_plurally(Hesitant(), ballots("one")))
 
 
 # Pluralistic decoding
@@ -323,7 +325,7 @@ def test_the_surer_perspective_weighs_more_by_the_softmax_of_the_entropies():
 def test_in_decoding_a_weight_counts_as_that_many_perspectives():
     one, two = ballots("one", "two")
     [weighted], [repeated], [alike] = (
-        decode_plurally(FakeEngine(), asked)[0] for asked in ([replace(one, weight=3), two], [one] * 3 + [two], [one, two])
+        run_steps(decode_plurally(FakeEngine(), asked))[0] for asked in ([replace(one, weight=3), two], [one] * 3 + [two], [one, two])
     )
     assert weighted == pytest.approx(repeated)
     assert weighted != pytest.approx(alike)

@@ -83,6 +83,11 @@ def test_every_argument_reaches_the_graph(fake_graph, run):
     assert [value["id"] for value in artifact["values"]] == ["karma", "honor"]
 
 
+@both_ways
+def test_text_alone_is_the_question(fake_graph, run):
+    assert run(as_tool(fake_graph), QUERY) == run(as_tool(fake_graph), {"query": QUERY})
+
+
 def test_notes_are_part_of_what_the_agent_reads(make_resources):
     graph = create_graph(resources=make_resources(aggregation="compose"))
     message = answer_of(agent_that_calls(as_tool(graph), {"query": QUERY, "attribute": "a nurse"}).invoke(ASK))

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from vispa_graph.engine.fake import FakeEngine
     from vispa_graph.engine.huggingface import HuggingFaceEngine
     from vispa_graph.errors import VispaError
-    from vispa_graph.graph import PluralGraph, create_graph
+    from vispa_graph.graph import create_graph
+    from vispa_graph.plural_graph import PluralGraph
     from vispa_graph.select import select_values
     from vispa_graph.settings import Settings
     from vispa_graph.state import Input, Output
@@ -34,7 +35,7 @@ _HOMES = {
     "HuggingFaceEngine": "engine.huggingface",
     "Input": "state",
     "Output": "state",
-    "PluralGraph": "graph",
+    "PluralGraph": "plural_graph",
     "Settings": "settings",
     "SteeredChatModel": "chat_model",
     "Taxonomy": "taxonomy_index",

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
     from vispa_graph.engine.contract import Direction
     from vispa_graph.engine.huggingface import HuggingFaceEngine
-    from vispa_graph.graph import PluralGraph
+    from vispa_graph.plural_graph import PluralGraph
     from vispa_graph.resources import Resources
     from vispa_graph.settings import Settings
     from vispa_graph.state import Output
@@ -502,7 +502,8 @@ main.add_command(values_group)
 
 def _run(settings: Settings, given: dict[str, Any], show: Show, tracer: RunCollectorCallbackHandler | None) -> Output:
     """Run the graph."""
-    from vispa_graph.graph import check_question, create_graph
+    from vispa_graph.graph import create_graph
+    from vispa_graph.plural_graph import check_question
     from vispa_graph.resources import Resources
     from vispa_graph.settings import end_tracing_with_the_process
 

@@ -25,10 +25,12 @@ from pydantic import Field, ValidationError
 
 from vispa_graph import __version__
 from vispa_graph.errors import SettingsError, VispaError
-from vispa_graph.graph import PluralGraph, create_graph, makes_comments
+from vispa_graph.graph import create_graph
+from vispa_graph.plural_graph import PluralGraph
 from vispa_graph.resources import Resources
 from vispa_graph.select import select_values
 from vispa_graph.state import Input, Mode, Output, State, check_input
+from vispa_graph.tasks import makes_comments
 from vispa_graph.tool import DESCRIPTION, answer_text, explain_arguments
 
 HOST = "127.0.0.1"
@@ -62,9 +64,12 @@ class Runs:
     async def turn(self, run: str | None) -> AsyncIterator[tuple[str, RunnableConfig]]:
         """Id and configuration of a new run, or of the next turn of an earlier one. One turn of a run at a time.
 
+        A new run whose turn fails is forgotten: nobody was told its id, and it must not push out one that was answered.
+
         Raises:
             ToolError: There is no such run, or a turn of it is being answered.
         """
+        begins = run is None
         if run is None:
             run = uuid.uuid4().hex
             self._known[run] = None
@@ -74,12 +79,20 @@ class Runs:
         self._busy.add(run)
         try:
             yield run, config
+        except BaseException:
+            if begins:
+                self._forget(run)
+            raise
         finally:
             self._busy.discard(run)
-            self._known.move_to_end(run)
+            if run in self._known:
+                self._known.move_to_end(run)
             for oldest in [known for known in self._known if known not in self._busy][: max(0, len(self._known) - RUNS_KEPT)]:
-                del self._known[oldest]
-                self._saver.delete_thread(oldest)
+                self._forget(oldest)
+
+    def _forget(self, run: str) -> None:
+        del self._known[run]
+        self._saver.delete_thread(run)
 
     def state(self, run: str) -> State:
         """The newest turn of a run that was answered.
@@ -164,9 +177,10 @@ def create_server(resources: Resources) -> MCPServer[Any]:
         description="Why a run answered as it did: which values were heard and why, what steering did to each comment, what the answer rests on."
     )
     def explain_run(run: Annotated[Text, Field(description="Id of the run, from ask.")]) -> CallToolResult:
-        state = runs.state(run)
-        facts = {key: state[key] for key in ("turns", "made_with", *Output.__annotations__)}  # type: ignore[literal-required]
-        return _result(explain(state), {"run": run, **facts})
+        with _told():
+            state = runs.state(run)
+            facts = {key: state[key] for key in ("turns", "made_with", *Output.__annotations__)}  # type: ignore[literal-required]
+            return _result(explain(state), {"run": run, **facts})
 
     return server
 

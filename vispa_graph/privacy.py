@@ -13,11 +13,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from inspect import iscoroutinefunction
+from types import BuiltinFunctionType, GetSetDescriptorType, MemberDescriptorType
 from typing import Any, NoReturn, TypeVar, cast
 from uuid import UUID
 
@@ -232,17 +233,66 @@ class Redactor:
         return TextGeneration(text=self.text(generation.text))
 
 
-def without_text(error: BaseException) -> BaseException:
-    """An exception of the same class that does not tell what it was about; the original stays at its attribute `original`.
+def without_text(error: BaseException, *, keeps_original: bool = False) -> BaseException:
+    """An exception of the same class that does not tell what it was about.
 
-    Messages of other libraries' errors, and of the errors they came from, may quote a prompt. Its class and its attributes remain, so
-    that a host's `except` clauses and retries go on working.
+    Messages of other libraries' errors, and of the errors they came from, may quote a prompt, and so may their attributes. Its class
+    remains, or the nearest base that can be derived from, and those of its attributes that are numbers or None, so that a host's
+    `except` clauses and retries go on working.
+
+    Args:
+        keeps_original: Whether the attribute `original` gives the error itself; `vars` and pickling never do.
     """
-    hidden = _hidden_class(type(error))
-    shown = hidden.__new__(hidden)
-    shown.args = (REDACTED,)
-    shown.__dict__.update({name: value for name, value in getattr(error, "__dict__", {}).items() if name != "__notes__"}, original=error)
+    inside = [without_text(each) for each in error.exceptions] if isinstance(error, BaseExceptionGroup) else []
+    return _textless(type(error), _numbers(error), inside, error if keeps_original else None)
+
+
+def _textless(cls: type[BaseException], numbers: dict[str, Any], inside: list[BaseException], original: BaseException | None = None) -> BaseException:
+    told = f"{REDACTED}: the error's own message may hold private text; it is at the attribute `original`"
+    body = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__str__": lambda _: told,
+        "__repr__": lambda _: f"{cls.__name__}({REDACTED!r})",
+        "__reduce__": lambda _: (_textless, (cls, numbers, inside)),
+        "hides_text": True,
+        "original": property(lambda _: original),
+    }
+    shown = _derived(cls.__name__, cls.__mro__, body, inside)
+    for name, value in {**numbers, "args": (REDACTED,)}.items():
+        with suppress(Exception):  # computed from others, or of a base that lacks it
+            object.__setattr__(shown, name, value)
     return shown
+
+
+def _numbers(error: BaseException) -> dict[str, Any]:
+    """The attributes that are numbers or None, also those that stand in no `__dict__`, such as an `errno`."""
+    found = dict(vars(error))
+    for cls in type(error).__mro__:
+        slots = {name: slot for name, slot in vars(cls).items() if isinstance(slot, MemberDescriptorType | GetSetDescriptorType)}
+        for name, slot in slots.items():
+            if not name.startswith("__"):
+                with suppress(Exception):  # never set
+                    found.setdefault(name, slot.__get__(error))
+    return {name: _plain(value) for name, value in found.items() if value is None or isinstance(value, int | float)}
+
+
+def _plain(number: Any) -> Any:
+    """Without what a class of its own may add to it, such as the name in an enumeration."""
+    return number if number is None or isinstance(number, bool) else +number
+
+
+def _derived(name: str, bases: Sequence[type], body: dict[str, Any], inside: list[BaseException]) -> BaseException:
+    """An empty error of a class derived from the first of the bases that allows it: not every one can be derived from."""
+    try:
+        cls: Any = type(name, (bases[0],), dict(body))
+        if issubclass(cls, BaseExceptionGroup):
+            return cast(BaseException, BaseExceptionGroup.__new__(cls, REDACTED, inside))
+        # Past what a class of another library wants to be made with.
+        makes = next(new for base in cls.__mro__ if isinstance(new := vars(base).get("__new__"), BuiltinFunctionType))
+        return cast(BaseException, makes(cls))
+    except Exception:
+        return _derived(name, bases[1:], body, inside)
 
 
 def _hide_causes(error: BaseException) -> None:
@@ -253,30 +303,13 @@ def _hide_causes(error: BaseException) -> None:
         if cause is None or hasattr(cause, "hides_text"):
             return
         if not isinstance(cause, VispaError):
-            hidden = without_text(cause)
+            hidden = without_text(cause, keeps_original=True)
             if chosen:
                 error.__cause__ = hidden
             else:
                 error.__context__ = hidden
             return
         error = cause
-
-
-def _hidden_class(cls: type[BaseException]) -> type[BaseException]:
-    told = f"{REDACTED}: the error's own message may hold private text; it is at the attribute `original`"
-    body = {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "hides_text": True,
-        "__str__": lambda _: told,
-        "__repr__": lambda _: f"{cls.__name__}({REDACTED!r})",
-    }
-    try:
-        hidden = cast("type[BaseException]", type(cls.__name__, (cls,), body))
-        hidden.__new__(hidden)
-    except TypeError:  # a class that cannot be derived from, or not be made without its arguments
-        hidden = type(cls.__name__, (Exception,), body)
-    return hidden
 
 
 class _View:
@@ -486,7 +519,7 @@ class Guard(AbstractContextManager[None]):
             _hide_causes(error)
         if not self.hides or isinstance(error, VispaError | GraphBubbleUp) or hasattr(error, "hides_text"):
             raise error
-        raise without_text(error) from None
+        raise without_text(error, keeps_original=True) from None
 
 
 def _private(callbacks: Callbacks, views: dict[int, Any], redactor: Redactor) -> Callbacks:

@@ -7,7 +7,7 @@ at another strength, would put two systems into one answer without a trace.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from langchain_core.runnables import RunnableConfig
 
@@ -17,7 +17,7 @@ from vispa_graph.state import State
 if TYPE_CHECKING:
     from vispa_graph.resources import Resources
 
-Node = Callable[..., dict[str, Any]]
+N = TypeVar("N")
 
 # Settings that say where and how fast something runs, what is traced, or that stand in `made_with` by their content.
 NOT_DECISIVE = frozenset(
@@ -57,10 +57,10 @@ def refuse_other_settings(begun_with: Mapping[str, Any], resources: Resources) -
         )
 
 
-def of_one_run(node: Node, resources: Resources) -> Node:
+def of_one_run(node: Callable[..., N], resources: Resources) -> Callable[..., N]:
     """The node on these resources, refusing the state of a run that was begun with others."""
 
-    def checked(state: State, config: RunnableConfig) -> dict[str, Any]:
+    def checked(state: State, config: RunnableConfig) -> N:
         refuse_other_settings(state["made_with"], resources)
         return node(state, config, resources=resources)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from langchain_core.language_models import BaseChatModel
+from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.runnables import RunnableConfig
 
@@ -20,6 +20,7 @@ from vispa_graph.errors import AggregationError
 from vispa_graph.prompts import fence, load_prompt
 from vispa_graph.state import LETTERS
 from vispa_graph.tracing import score_traced
+from vispa_graph.waiting import Steps, answers_of
 
 Array = npt.NDArray[np.float64]
 
@@ -97,9 +98,11 @@ def mean_distribution(ballots: Sequence[Ballot], rows: Sequence[Sequence[float] 
     return [float(p) for p in mean / mean.sum()]
 
 
-def score_locally(engine: Engine, ballots: Sequence[Ballot], config: RunnableConfig | None = None) -> tuple[list[list[float]], list[str], list[int]]:
+def score_locally(
+    engine: Engine, ballots: Sequence[Ballot], config: RunnableConfig | None = None
+) -> Steps[tuple[list[list[float]], list[str], list[int]]]:
     """For each ballot the next-token probabilities of the letters, normalised, in the order of the options; notes; tokens left out of each prompt."""
-    scores = _ask(engine, ballots, config)
+    scores = yield from _ask(engine, ballots, config)
     notes = _little([ballot.voter for ballot, s in zip(ballots, scores, strict=True) if s.mass < _LITTLE])
     rows = [ballot.by_option(s.probabilities) for ballot, s in zip(ballots, scores, strict=True)]
     return rows, notes, [s.cut_tokens for s in scores]
@@ -107,7 +110,7 @@ def score_locally(engine: Engine, ballots: Sequence[Ballot], config: RunnableCon
 
 def decode_plurally(
     engine: Engine, ballots: Sequence[Ballot], config: RunnableConfig | None = None
-) -> tuple[list[list[float]], list[str], list[int]]:
+) -> Steps[tuple[list[list[float]], list[str], list[int]]]:
     """For each order of the options one distribution, decoded from all perspectives together; notes; and the tokens left out of each prompt.
 
     Beside the steered ballots of an order, the model is asked unsteered, to contrast them with.
@@ -116,7 +119,7 @@ def decode_plurally(
     for ballot in ballots:
         orders[ballot.order].append(ballot)
     asked = [ballot for group in orders.values() for ballot in (*group, Ballot("", group[0].order, group[0].prompt))]
-    answered = _ask(engine, asked, config, full=True)
+    answered = yield from _ask(engine, asked, config, full=True)
     scores = iter(answered)
     rows: list[list[float]] = []
     notes: list[str] = []
@@ -151,13 +154,14 @@ def pluralistic_logits(perspectives: Array, plain: Array, weights: Array | None 
     return mixed
 
 
-def score_by_chat(model: BaseChatModel, ballots: Sequence[Ballot], config: RunnableConfig) -> tuple[list[list[float] | None], list[str]]:
+def score_by_chat(model: BaseChatModel, ballots: Sequence[Ballot], config: RunnableConfig) -> Steps[tuple[list[list[float] | None], list[str]]]:
     """A distribution over the options for each ballot, None where the answer could not be read; and notes.
 
     Token probabilities are used where the model returns them in `response_metadata["logprobs"]` (as OpenAI's do when asked);
     otherwise the letter it answers is one vote.
     """
-    messages = model.batch([[HumanMessage(ballot.prompt)] for ballot in ballots], {**config, "run_name": "score options"})
+    prompts: list[LanguageModelInput] = [[HumanMessage(ballot.prompt)] for ballot in ballots]
+    messages = yield from answers_of(model, prompts, {**config, "run_name": "score options"})
     found: list[list[float] | None] = []
     voted: list[str] = []
     unread: list[str] = []
@@ -178,9 +182,9 @@ def score_by_chat(model: BaseChatModel, ballots: Sequence[Ballot], config: Runna
     return found, notes
 
 
-def _ask(engine: Engine, ballots: Sequence[Ballot], config: RunnableConfig | None, *, full: bool = False) -> list[Scores]:
+def _ask(engine: Engine, ballots: Sequence[Ballot], config: RunnableConfig | None, *, full: bool = False) -> Steps[list[Scores]]:
     requests = [ScoreRequest([{"role": "user", "content": b.prompt}], b.letters, b.steering, full) for b in ballots]
-    return score_traced(engine, requests, [ballot.value for ballot in ballots], config)
+    return (yield from score_traced(engine, requests, [ballot.value for ballot in ballots], config))
 
 
 def _logits(scores: Scores) -> Array:

@@ -164,7 +164,7 @@ class Settings(BaseSettings):
         15.0,
         ge=0,
         le=1000,
-        description="How long a request waits for others to share its batch, in ms; up to four times as long while more keep coming.",
+        description="How long a request waits for others to share its batch, in ms; up to four times as long while more of its kind keep coming.",
     )
     batch_tokens: int = Field(32768, ge=64, description="Largest batch, rows x width in tokens.")
     packed_gigabytes: float = Field(

@@ -99,7 +99,7 @@ class Door(TypedDict):
     population: str | None
     options: list[str] | None
     asked: list[str] | None  # the values the caller named
-    ignored: list[str]  # unknown keys that look like a misspelt one
+    ignored: list[str]  # keys that were left out: unknown ones that look like a misspelt one, and `mode` where an earlier answer left it
 
 
 class Output(TypedDict):
@@ -159,20 +159,22 @@ def check_input(data: Mapping[str, Any]) -> Door:
     options = _texts(data, "options")
     if options is not None:
         options = check_options(options)
-    # A host that keeps its state hands back the values of our last answer under the same key: they were not asked for.
-    earlier = data.get("values")
+    # A host that keeps its state hands back values and mode of our last answer under the same keys: they were not asked for.
+    earlier, named = data.get("values"), data.get("mode")
     answered = isinstance(earlier, list) and bool(earlier) and all(isinstance(value, Mapping) and "reason" in value for value in earlier)
     values = None if answered else _texts(data, "values")
     if values is not None and not values:
         raise InputError("The list of values is empty. Name at least one value, or leave the list out to have them selected.")
+    left = answered and named in MODES
+    mode = resolve_mode(None if left else named, attribute=attribute, population=population, options=options)
     return Door(
         query=query,
-        mode=resolve_mode(data.get("mode"), attribute=attribute, population=population, options=options),
+        mode=mode,
         attribute=attribute,
         population=population,
         options=options,
         asked=values,
-        ignored=_misspelt(data),
+        ignored=[*_misspelt(data), *(["mode"] if left and mode != named else [])],
     )
 
 

@@ -10,7 +10,7 @@ from langchain_core.tools import BaseTool, ToolException
 from pydantic import BaseModel, ConfigDict, Field
 
 from vispa_graph.errors import VispaError
-from vispa_graph.graph import PluralGraph
+from vispa_graph.plural_graph import PluralGraph
 from vispa_graph.privacy import PrivateTool
 from vispa_graph.state import Input, Mode, Output
 
@@ -43,15 +43,16 @@ def as_tool(graph: PluralGraph, *, name: str = "plural_answer", description: str
     Its content is the answer as text; its artifact the whole output. Bad arguments come back to the agent as a message it can read.
     """
 
-    def run(config: RunnableConfig, **arguments: Any) -> tuple[str, dict[str, Any]]:
+    # An agent that gives text alone gives the question.
+    def run(query: str, *, config: RunnableConfig, **arguments: Any) -> tuple[str, dict[str, Any]]:
         try:
-            return _result(graph.invoke(cast(Input, arguments), config))
+            return _result(graph.invoke(cast(Input, {"query": query, **arguments}), config))
         except VispaError as error:
             raise ToolException(str(error)) from error
 
-    async def arun(config: RunnableConfig, **arguments: Any) -> tuple[str, dict[str, Any]]:
+    async def arun(query: str, *, config: RunnableConfig, **arguments: Any) -> tuple[str, dict[str, Any]]:
         try:
-            return _result(await graph.ainvoke(cast(Input, arguments), config))
+            return _result(await graph.ainvoke(cast(Input, {"query": query, **arguments}), config))
         except VispaError as error:
             raise ToolException(str(error)) from error
 

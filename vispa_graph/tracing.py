@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vispa_graph.engine.contract import Engine, ScoreRequest, Scores
 from vispa_graph.errors import TraceError
+from vispa_graph.waiting import Steps, arun_steps, run_steps, settled
 
 if TYPE_CHECKING:
     from langchain_core.tracers.schemas import Run
@@ -43,12 +44,22 @@ class Untraced(Runnable[Any, Any]):
         return await self._afunc(input, config or {}) if self._afunc else self._func(input, config or {})
 
 
+class Waiting(Untraced):
+    """A node that waits for models: a generator of what it waits for, the same for sync and async runs."""
+
+    def __init__(self, name: str, node: Callable[[Any, RunnableConfig], Steps[Any]]) -> None:
+        def steps(given: Any, config: RunnableConfig) -> Steps[Any]:
+            return (yield from node(given, config))
+
+        super().__init__(name, lambda given, config: run_steps(steps(given, config)), lambda given, config: arun_steps(steps(given, config)))
+
+
 def traced(name: str, work: Callable[[], T], config: RunnableConfig, inputs: Any = None) -> T:
     """Do some work in a chain run of its own; its result is the run's output."""
     return RunnableLambda(lambda _: work(), name=name).invoke(inputs, {**config, "run_name": name})
 
 
-def score_traced(engine: Engine, requests: Sequence[ScoreRequest], values: Sequence[str], config: RunnableConfig | None) -> list[Scores]:
+def score_traced(engine: Engine, requests: Sequence[ScoreRequest], values: Sequence[str], config: RunnableConfig | None) -> Steps[list[Scores]]:
     """Score option letters, all in one batch, each in an llm run of its own; `values` says on whose comment each request rests."""
     labels = {"ls_provider": "vispa", "ls_model_name": engine.name, "ls_model_type": "chat"}
     runs = []
@@ -56,25 +67,32 @@ def score_traced(engine: Engine, requests: Sequence[ScoreRequest], values: Seque
         manager = get_callback_manager_for_config(merge_configs(config, {"metadata": {**labels, "value": value}}))
         messages: list[list[BaseMessage]] = [[HumanMessage(message["content"]) for message in request.messages]]
         runs += manager.on_chat_model_start({"name": "vispa-steered"}, messages, name="score options", invocation_params={"model": engine.name})
-    futures = [engine.score(request) for request in requests]
-    scores: list[Scores] = []
-    failure: Exception | None = None
-    for run, request, future in zip(runs, requests, futures, strict=True):
-        try:
-            score = future.result()
-        except Exception as error:
+    try:
+        outcomes = yield from settled(lambda: [engine.score(request) for request in requests])
+    except BaseException as error:  # cancelled: no run is left open
+        for run in runs:
             run.on_llm_error(error)
-            failure = failure or error
-            continue
-        facts = {"probabilities": list(score.probabilities), "mass": score.mass, "cut_tokens": score.cut_tokens, "batch_halved": score.halved}
-        best = max(zip(score.probabilities, request.letters, strict=True))[1]
-        usage = UsageMetadata(input_tokens=score.prompt_tokens, output_tokens=0, total_tokens=score.prompt_tokens)
-        message = AIMessage(best, response_metadata=facts, usage_metadata=usage)
-        run.on_llm_end(LLMResult(generations=[[ChatGeneration(message=message)]]))
-        scores.append(score)
-    if failure:
-        raise failure
+        raise
+    scores: list[Scores] = []
+    failures: list[Exception] = []
+    for run, request, outcome in zip(runs, requests, outcomes, strict=True):
+        if isinstance(outcome, Exception):
+            run.on_llm_error(outcome)
+            failures.append(outcome)
+        else:
+            run.on_llm_end(_told(request, outcome))
+            scores.append(outcome)
+    if failures:
+        raise failures[0]
     return scores
+
+
+def _told(request: ScoreRequest, score: Scores) -> LLMResult:
+    """A score as an llm run tells it: the likeliest letter, with the figures."""
+    facts = {"probabilities": list(score.probabilities), "mass": score.mass, "cut_tokens": score.cut_tokens, "batch_halved": score.halved}
+    best = max(zip(score.probabilities, request.letters, strict=True))[1]
+    usage = UsageMetadata(input_tokens=score.prompt_tokens, output_tokens=0, total_tokens=score.prompt_tokens)
+    return LLMResult(generations=[[ChatGeneration(message=AIMessage(best, response_metadata=facts, usage_metadata=usage))]])
 
 
 # Files

@@ -13,8 +13,8 @@ from typing import Any, Generic, TypeVar
 from vispa_graph.errors import BatchError, DeadlineError, EngineBusyError, EngineClosedError, VispaError
 
 P = TypeVar("P")
-# How many times the linger is waited at most while more requests keep coming.
-_PATIENCE = 3
+# How many lingers a request waits at most while more of its kind keep coming.
+_LONGEST = 4
 
 
 @dataclass(eq=False)
@@ -30,6 +30,7 @@ class Job(Generic[P]):
         timeout: Seconds from now until it fails with a `DeadlineError`; None for never.
         halved: How often the batch it ran in was halved for want of memory.
         begun: When it was made, by `time.monotonic`.
+        queued: When it was submitted.
     """
 
     kind: Hashable
@@ -41,7 +42,7 @@ class Job(Generic[P]):
     future: Future[Any] = field(default_factory=Future)
 
     def __post_init__(self) -> None:
-        self.begun = time.monotonic()
+        self.begun = self.queued = time.monotonic()
         self._deadline = None if self.timeout is None else self.begun + self.timeout
         self._lock, self._claimed = threading.Lock(), False
 
@@ -81,8 +82,8 @@ class Batcher(Generic[P]):
     Args:
         run: Called in the worker thread with jobs of one kind; it must resolve every job. What it raises fails the jobs that are
             still open, and the worker goes on.
-        linger: Seconds to wait for more jobs after the last that came, at most four times, unless those that wait fill a batch already;
-            without it, clients that ask at the same time never merge.
+        linger: Seconds that a job waits for others of its kind, see `lingers_until`, unless those that wait fill a batch already; without
+            it, clients that ask at the same time never merge.
         capacity: Largest rows x width of a batch, in tokens; a single job may exceed it.
         queue_size: Most jobs that wait; more are refused.
         finish: Called in the worker thread when it ends.
@@ -114,6 +115,7 @@ class Batcher(Generic[P]):
         with self._changed:
             closed, busy = self._closed, bounded and len(self._waiting) >= self._queue_size
             if not closed and not busy:
+                job.queued = time.monotonic()
                 self._waiting.append(job)
                 self._changed.notify()
         if closed:
@@ -172,19 +174,20 @@ class Batcher(Generic[P]):
 
     def _next(self) -> list[Job[P]] | None:
         """Wait for a job, linger for its like, and take as many as fit; None once closed."""
+        free = time.monotonic()
         with self._changed:
             while not self._waiting and not self._closed:
                 self._changed.wait()
-            begun, seen = time.monotonic(), len(self._waiting)
-            until = begun + self._linger
-            while not self._closed and (left := until - time.monotonic()) > 0 and not self._full():
+            while not self._closed and (left := self._until(free) - time.monotonic()) > 0 and not self._full():
                 self._changed.wait(left)
-                if len(self._waiting) > seen:  # requests of one caller come one after the other, the slower the more watch them
-                    seen, until = len(self._waiting), min(time.monotonic(), begun + _PATIENCE * self._linger) + self._linger
             if self._closed:
                 return None
             batch, self._waiting = self._split()
             return batch
+
+    def _until(self, free: float) -> float:
+        kind = self._waiting[0].kind
+        return lingers_until([job.queued for job in self._waiting if job.kind == kind], self._linger, free)
 
     def _full(self) -> bool:
         """Whether more like the oldest job wait than fit into its batch."""
@@ -205,6 +208,20 @@ class Batcher(Generic[P]):
             else:
                 kept.append(job)
         return batch, kept
+
+
+def lingers_until(came: Sequence[float], linger: float, free: float) -> float:
+    """Until when jobs of one kind wait for more of it.
+
+    Requests of one caller come one after the other, the slower the more watch them: each that comes is waited for anew.
+
+    Args:
+        came: When each was submitted, oldest first.
+        linger: How long is waited after each, and four times as long at most after the first.
+        free: Since when no batch runs: a job that has waited out its linger by then has lingered enough.
+    """
+    oldest, newest = came[0], came[-1]
+    return free if oldest + linger <= free else min(newest + linger, oldest + _LONGEST * linger)
 
 
 def as_ours(error: BaseException) -> VispaError:

@@ -116,15 +116,15 @@ class Hooks:
 
     def __init__(self, blocks: nn.ModuleList) -> None:
         self._plan: BatchPlan | None = None
-        self._record: tuple[torch.Tensor, list[torch.Tensor]] | None = None
+        self._record: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]] | None = None
         self._handles = [block.register_forward_hook(self._hook(layer)) for layer, block in enumerate(blocks)]
 
     def _hook(self, layer: int) -> Any:
         def hook(_module: nn.Module, _inputs: object, output: Any) -> Any:
             if self._record is not None:
-                last, states = self._record
+                rows, places, states = self._record
                 hidden = block_output(output)
-                states.append(hidden[torch.arange(len(last)), last.to(hidden.device)].float().cpu())
+                states.append(hidden[rows.to(hidden.device), places.to(hidden.device)].float().cpu())
             if self._plan is None or layer not in self._plan.layers:
                 return None  # the output stays the very same object
             steered = self._plan.apply(layer, block_output(output))
@@ -142,10 +142,10 @@ class Hooks:
             self._plan = None
 
     @contextmanager
-    def recording(self, last: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-        """Collect, block by block, the state [rows, d] at position `last[row]` of each row."""
+    def recording(self, rows: torch.Tensor, places: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+        """Collect, block by block, the states [texts, d] at `places[text]` of the rows `rows[text]`."""
         states: list[torch.Tensor] = []
-        self._record = (last, states)
+        self._record = (rows, places, states)
         try:
             yield states
         finally:

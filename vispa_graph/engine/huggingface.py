@@ -30,6 +30,7 @@ from vispa_graph.engine.folder import find_model
 from vispa_graph.engine.hooks import BatchPlan, Hooks
 from vispa_graph.engine.layers import check_layers, decoder_blocks, default_layers
 from vispa_graph.engine.packing import PackedWeights
+from vispa_graph.engine.rows import WIDEST, Row, apart, laid_out, shared_rows, single_rows
 from vispa_graph.errors import (
     BatchError,
     ContextLengthError,
@@ -72,13 +73,14 @@ class _Kind(NamedTuple):
 
 @dataclass(eq=False)
 class _Work:
-    """A request with its prompt in tokens, what of its answer has been passed on, and the seconds until its first token."""
+    """A request with its prompt in tokens, what of its answer has been passed on, and the seconds until its first token; or a row to read."""
 
     request: GenerationRequest | ScoreRequest | None
     tokens: list[int]
     cut: int = 0
     streamed: str = ""
     first: float | None = None
+    row: Row | None = None
 
 
 class HuggingFaceEngine:
@@ -90,7 +92,7 @@ class HuggingFaceEngine:
         model: Any causal language model whose decoder blocks can be found.
         tokenizer: Its tokenizer; a chat template is used where it has one.
         name: What traces and manifests call it.
-        linger: Seconds that a request waits for others to share its batch; up to four times as long while more keep coming.
+        linger: Seconds that a request waits for others to share its batch; up to four times as long while more of its kind keep coming.
         capacity: Largest rows x width of a batch, in tokens, prompt and completion together.
         queue_size: Most requests that wait; more fail with an `EngineBusyError`.
         timeout: Seconds that requests without a timeout of their own have; None for no end.
@@ -147,6 +149,7 @@ class HuggingFaceEngine:
             vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
             check_batching(type(model).__name__, self._two_steps, vocabulary)
             self._sharing_problem = sharing_problem(self._two_steps, vocabulary)
+            self._shares_rows = self._takes_two_in_a_row()
             self._fingerprint = fingerprint(model, tokenizer)
         except BaseException as error:
             self._release()
@@ -300,17 +303,17 @@ class HuggingFaceEngine:
         if not all(tokens):
             raise InputError("A text without tokens has no last token to read. Leave out empty texts.")
         states = np.empty((len(tokens), self.depth, self.width), dtype=np.float32)
-        order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
+        laid = sorted(shared_rows(tokens) if self._shares_rows else single_rows(tokens), key=lambda row: len(row.tokens))
         # Few rows at a time, so that other requests do not wait long.
-        rows = max(1, min(64, self._capacity // 8 // max(1, max(map(len, tokens), default=1))))
-        for start in range(0, len(order), rows):
-            chunk = order[start : start + rows]
-            jobs = [Job[_Work](_Kind("read"), len(tokens[index]), _Work(None, tokens[index])) for index in chunk]
+        rows = max(1, min(64, self._capacity // 8 // max((len(row.tokens) for row in laid), default=1)))
+        for start in range(0, len(laid), rows):
+            chunk = laid[start : start + rows]
+            jobs = [Job[_Work](_Kind("read"), len(row.tokens), _Work(None, row.tokens, row=row)) for row in chunk]
             futures = [self._batcher.submit(job, bounded=False) for job in jobs]
-            for index, future in zip(chunk, futures, strict=True):
-                states[index] = future.result()
+            for row, future in zip(chunk, futures, strict=True):
+                states[list(row.texts)] = future.result()
             if progress:
-                progress(len(chunk))
+                progress(sum(len(row.texts) for row in chunk))
         return states
 
     def close(self) -> None:
@@ -508,21 +511,43 @@ class HuggingFaceEngine:
             job.finish(scores)
 
     def _run_read(self, jobs: Sequence[Job[_Work]]) -> None:
-        tokens = [job.payload.tokens for job in jobs]
-        width = max(map(len, tokens))
-        ids = torch.full((len(tokens), width), self._tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(tokens):  # padded right: positions count from the first token in every architecture
-            ids[row, : len(sequence)] = torch.tensor(sequence)
-            mask[row, : len(sequence)] = 1
-        options = {"logits_to_keep": 1} if self._keeps_logits else {}
-        with self._hooks.recording(mask.sum(-1) - 1) as states:
-            self._model(input_ids=ids.to(self._model.device), attention_mask=mask.to(self._model.device), use_cache=False, **options)
-        stacked = torch.stack(states, dim=1)  # [rows, depth, width]
-        if not torch.isfinite(stacked).all():
+        rows = [cast(Row, job.payload.row) for job in jobs]
+        states = self._states(rows)
+        if not torch.isfinite(states).all():
             raise NonFiniteError("The model's activations are not finite. Try dtype float32 or bfloat16.")
-        for job, state in zip(jobs, stacked, strict=True):
-            job.finish(state.numpy())
+        of_text = iter(states.numpy())
+        for job, row in zip(jobs, rows, strict=True):
+            job.finish(np.stack([next(of_text) for _ in row.texts]))
+
+    def _states(self, rows: Sequence[Row]) -> torch.Tensor:
+        """The states at the last token of each text of each row, [texts, depth, width]."""
+        ids, real = laid_out(rows, self._tokenizer.pad_token_id)
+        options: dict[str, Any] = {"attention_mask": real, "use_cache": False}
+        if any(len(row.texts) > 1 for row in rows):
+            options["attention_mask"], options["position_ids"] = apart(rows, ids.shape[1], self._model.dtype)
+        options = {name: option.to(self._model.device) if isinstance(option, torch.Tensor) else option for name, option in options.items()}
+        if self._keeps_logits:
+            options["logits_to_keep"] = 1
+        of_row = torch.tensor([number for number, row in enumerate(rows) for _ in row.texts])
+        ends = torch.tensor([end for row in rows for end in row.ends])
+        with self._hooks.recording(of_row, ends) as states:
+            self._model(input_ids=ids.to(self._model.device), **options)
+        return torch.stack(states, dim=1)
+
+    def _takes_two_in_a_row(self) -> bool:
+        """Whether two texts in one row give the states that they give apart; not in a model with a mask, positions or a memory of its own."""
+        if "position_ids" not in inspect.signature(self._model.forward).parameters:
+            return False
+        # As wide as a row can be: if it does not, the second's positions are far off, it sees much that it must not, and windows end before it.
+        texts = [[1] * 4 + [2, 3] * (min(WIDEST, self._context()) // 2 - 3), [1] * 4 + [3, 2]]
+        with torch.inference_mode():
+            alone = self._states(single_rows(texts))
+            try:
+                together = self._states(shared_rows(texts))
+            except Exception as error:  # each architecture refuses in its own way
+                _log.debug("%s reads no two texts in one row (%s).", type(self._model).__name__, _first_line(error))
+                return False
+        return difference(together, alone) <= tolerance(self._model.dtype)
 
     def _forward(self, jobs: Sequence[Job[_Work]], plan: BatchPlan, **options: Any) -> Any:
         """Generate with a plan; for jobs that share prompts, over caches of all but their last token, read once and unsteered."""

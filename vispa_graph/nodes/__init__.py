@@ -5,7 +5,7 @@ from vispa_graph.nodes.overton import overton
 from vispa_graph.nodes.rerank import rerank
 from vispa_graph.nodes.retrieve import retrieve
 from vispa_graph.nodes.review import review
-from vispa_graph.nodes.steer import asteer, steer
+from vispa_graph.nodes.steer import steer
 from vispa_graph.nodes.steerable import steerable
 
-__all__ = ["asteer", "distributional", "overton", "rerank", "retrieve", "review", "steer", "steerable"]
+__all__ = ["distributional", "overton", "rerank", "retrieve", "review", "steer", "steerable"]

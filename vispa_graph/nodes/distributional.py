@@ -13,9 +13,10 @@ from vispa_graph.passages import cut_note
 from vispa_graph.resources import Resources
 from vispa_graph.scoring import Ballot, decode_plurally, mean_distribution, option_prompt, rotations, score_by_chat, score_locally
 from vispa_graph.state import Comment, State, weights
+from vispa_graph.waiting import Steps
 
 
-def distributional(state: State, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
+def distributional(state: State, config: RunnableConfig, *, resources: Resources) -> Steps[dict[str, Any]]:
     """The mean over comments of the option probabilities given each comment, by the weights of their values; or read from the steered model.
 
     Raises:
@@ -23,16 +24,16 @@ def distributional(state: State, config: RunnableConfig, *, resources: Resources
     """
     if resources.settings.distribution == "comments":
         comments = [comment for comment in state["comments"] if comment["text"]]
-        distribution, notes, cut = option_distribution(state, comments, config, resources)
+        distribution, notes, cut = yield from option_distribution(state, comments, config, resources)
     else:
-        distribution, notes, cut = steered_distribution(state, config, resources)
+        distribution, notes, cut = yield from steered_distribution(state, config, resources)
     notes += cut_note(state["comments"], {"options": cut})
     return {"distribution": distribution, "response": in_words(distribution), "attribution": [], "notes": notes}
 
 
 def option_distribution(
     state: State, comments: list[Comment], config: RunnableConfig, resources: Resources
-) -> tuple[dict[str, float], list[str], list[int]]:
+) -> Steps[tuple[dict[str, float], list[str], list[int]]]:
     """The weighted mean distribution over the options given the comments, which sums to 1; notes; and the tokens left out of each prompt."""
     if not comments:
         raise AggregationError("No comment holds any text, so there is nothing to score the options by. Try a smaller strength or another model.")
@@ -44,16 +45,16 @@ def option_distribution(
     rows: Sequence[Sequence[float] | None]
     cut: list[int] = []
     if resources.main_llm is None:
-        rows, notes, cut = score_locally(resources.engine, ballots, config)
+        rows, notes, cut = yield from score_locally(resources.engine, ballots, config)
     else:
-        rows, notes = score_by_chat(resources.summariser, ballots, config)
+        rows, notes = yield from score_by_chat(resources.summariser, ballots, config)
     mean = mean_distribution(ballots, rows)
     if mean is None:
         raise AggregationError("None of the main language model's answers could be read as an option letter. Try another main language model.")
     return _named(state, mean), notes, cut
 
 
-def steered_distribution(state: State, config: RunnableConfig, resources: Resources) -> tuple[dict[str, float], list[str], list[int]]:
+def steered_distribution(state: State, config: RunnableConfig, resources: Resources) -> Steps[tuple[dict[str, float], list[str], list[int]]]:
     """The same from one steered prefill a value, no comment made: the mean of the values' distributions, or decoded from all together."""
     orders = _orders(state, resources)
     ballots = [
@@ -62,10 +63,10 @@ def steered_distribution(state: State, config: RunnableConfig, resources: Resour
         for order in orders
     ]
     if resources.settings.distribution == "direct":
-        rows, notes, cut = score_locally(resources.engine, ballots, config)
+        rows, notes, cut = yield from score_locally(resources.engine, ballots, config)
         mean = mean_distribution(ballots, rows)
     else:
-        rows, notes, cut = decode_plurally(resources.engine, ballots, config)
+        rows, notes, cut = yield from decode_plurally(resources.engine, ballots, config)
         mean = mean_distribution([Ballot("", order, "") for order in orders], rows)
     return _named(state, mean or []), notes, cut
 

@@ -15,9 +15,10 @@ from vispa_graph.prompts import fence, load_prompt
 from vispa_graph.resources import Resources
 from vispa_graph.state import State, weights
 from vispa_graph.tracing import traced
+from vispa_graph.waiting import Steps, answer_of
 
 
-def overton(state: State, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
+def overton(state: State, config: RunnableConfig, *, resources: Resources) -> Steps[dict[str, Any]]:
     """Summarise the comments with the main language model, or compose an answer of their most telling sentences.
 
     Raises:
@@ -34,7 +35,7 @@ def overton(state: State, config: RunnableConfig, *, resources: Resources) -> di
         views = "\n".join(f"- {name}: {a['sentence']}" for name, a in zip(names, attribution, strict=True))
         return {"response": load_prompt("compose_overton").render(views=views), "attribution": attribution, "notes": cut_note(state["comments"])}
     prompt = load_prompt("overton").render(query=fence(in_context(state)), passages=number_passages(comments))
-    message = resources.summariser.invoke([HumanMessage(prompt)], {**config, "run_name": "summarise"})
+    message = yield from answer_of(resources.summariser, [HumanMessage(prompt)], {**config, "run_name": "summarise"})
     response = message.text.strip()
     if not response:
         raise AggregationError("The main language model returned an empty summary. Try another one, or aggregation='compose'.")

@@ -12,9 +12,10 @@ from vispa_graph.errors import NoValuesError
 from vispa_graph.resources import Resources
 from vispa_graph.state import SelectedValue, State
 from vispa_graph.taxonomy_index import Value
+from vispa_graph.waiting import Steps, answer_of
 
 
-def rerank(state: State, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
+def rerank(state: State, config: RunnableConfig, *, resources: Resources) -> Steps[dict[str, Any]]:
     """At most k values at stake with scores and reasons; the caller's own where it named them.
 
     A steerable attribute that names a value of the taxonomy, or that a direction can be fitted toward, is always heard, and first.
@@ -40,7 +41,7 @@ def rerank(state: State, config: RunnableConfig, *, resources: Resources) -> dic
             min_score=settings.min_score,
             diversity=settings.diversity if state["mode"] == "overton" else 0.0,
         )
-        documents = reranker.invoke(in_context(state), config, candidates=candidates)
+        documents = yield from answer_of(reranker, in_context(state), config, candidates=candidates)
         selected = [_selected(taxonomy[d.metadata["value"]], d.metadata["score"], d.metadata["reason"]) for d in documents]
     if state["mode"] == "steerable" and (asked := resources.attribute_value(state["attribute"])):
         rest = [s for s in selected if s["id"] != asked.id]

@@ -11,6 +11,11 @@ from vispa_graph.conversation import as_read, reading_notes, recall
 from vispa_graph.resources import Resources
 from vispa_graph.state import Candidate, State, unused_inputs
 
+_LEFT_MODE = (
+    "The mode came with the values of an earlier answer and was taken for that answer's, so it followed from the other inputs. "
+    "To choose one, clear the values."
+)
+
 
 def retrieve(state: State, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
     """Candidates for the selection, and a clean slate for what the run will add; none where the caller named the values."""
@@ -19,7 +24,7 @@ def retrieve(state: State, config: RunnableConfig, *, resources: Resources) -> d
         earlier = earlier[:-1]
     turns = recall(earlier, state["query"])
     read, notes = as_read(turns), reading_notes(turns)
-    notes += [f"The input key {key!r} is not known and was ignored." for key in state["ignored"]]
+    notes += [_LEFT_MODE if key == "mode" else f"The input key {key!r} is not known and was ignored." for key in state["ignored"]]
     notes += [f"The {state['mode']} mode does not use the input {key!r}: it was left out." for key in unused_inputs(state)]
     if resources.profile.note:
         notes.append(resources.profile.note)

@@ -31,7 +31,8 @@ def review(state: State, config: RunnableConfig, *, resources: Resources) -> dic
     are in the state, under `query` and `turns`; an attribute of the caller's own goes by a neutral name, and reasons that a language model
     wrote are shown only where traces may hold content.
 
-    An entry of the list is an id or name, or one of the values shown, with another `weight` where it is to count more or less.
+    An entry of the list is an id or name, also as it is shown, or one of the values shown, with another `weight` where it is to count
+    more or less.
     Values left out are not heard; others of the taxonomy may be added.
 
     What cannot be used is refused by interrupting again, with the reason under `problem`: a run that failed on a resume value
@@ -53,8 +54,11 @@ def review(state: State, config: RunnableConfig, *, resources: Resources) -> dic
 def _shown(value: SelectedValue, resources: Resources) -> SelectedValue:
     redactor = resources.privacy.redactor
     reason = redactor.value(value["reason"], "reason") if redactor else value["reason"]
-    name = "the attribute asked for" if value["id"] == ATTRIBUTE else value["name"]
-    return SelectedValue(**{**value, "name": name, "reason": _JUDGED if reason == REDACTED else reason})
+    return SelectedValue(**{**value, "name": _shown_name(value), "reason": _JUDGED if reason == REDACTED else reason})
+
+
+def _shown_name(value: SelectedValue) -> str:
+    return "the attribute asked for" if value["id"] == ATTRIBUTE else value["name"]
 
 
 def _edited(entries: Any, before: list[SelectedValue], taxonomy: Taxonomy) -> list[SelectedValue]:
@@ -67,9 +71,11 @@ def _edited(entries: Any, before: list[SelectedValue], taxonomy: Taxonomy) -> li
     if not isinstance(entries, list) or not entries:
         raise InputError(f"A review must come back as a list of at least one value. {_EXPECTED}")
     selected = {value["id"]: value for value in before}
+    shown = {_shown_name(value): value["id"] for value in before}
     kept: dict[str, SelectedValue] = {}
     for number, entry in enumerate(entries, 1):
         name, weight = _entry(entry, number)
+        name = shown.get(name.strip(), name)
         if name in selected:
             value = selected[name]
         else:

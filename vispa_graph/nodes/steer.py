@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from langchain_core.messages import AIMessage, HumanMessage
@@ -16,23 +15,18 @@ from vispa_graph.provenance import refuse_other_settings
 from vispa_graph.resources import Resources
 from vispa_graph.state import Comment, SteeringFacts, SteerTask
 from vispa_graph.taxonomy_index import Value
+from vispa_graph.waiting import Steps, answer_of
 
 
-def steer(task: SteerTask, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
+def steer(task: SteerTask, config: RunnableConfig, *, resources: Resources) -> Steps[dict[str, Any]]:
     """One comment; the engine batches the tasks of a step into one forward pass.
 
     Raises:
         ResumeError: The task belongs to a run that was begun with other settings or models.
     """
     model = _model(task, resources)
-    return _finish(task, model, model.invoke([HumanMessage(task["prompt"])], _labelled(task, model, config, resources)), resources)
-
-
-async def asteer(task: SteerTask, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
-    """The same without holding a thread while the engine works."""
-    # Loading a model or fitting directions must not hold up the event loop.
-    model = await asyncio.to_thread(_model, task, resources)
-    return _finish(task, model, await model.ainvoke([HumanMessage(task["prompt"])], _labelled(task, model, config, resources)), resources)
+    message = yield from answer_of(model, [HumanMessage(task["prompt"])], _labelled(task, model, config, resources))
+    return _finish(task, model, message, resources)
 
 
 def _model(task: SteerTask, resources: Resources) -> SteeredChatModel:

@@ -18,9 +18,10 @@ from vispa_graph.prompts import fence, load_prompt
 from vispa_graph.resources import Resources
 from vispa_graph.state import Comment, State
 from vispa_graph.tracing import traced
+from vispa_graph.waiting import Steps, answer_of
 
 
-def steerable(state: State, config: RunnableConfig, *, resources: Resources) -> dict[str, Any]:
+def steerable(state: State, config: RunnableConfig, *, resources: Resources) -> Steps[dict[str, Any]]:
     """Choose the comment that best reflects the attribute, and answer from it; with options, by a distribution over them.
 
     Raises:
@@ -29,10 +30,10 @@ def steerable(state: State, config: RunnableConfig, *, resources: Resources) -> 
     comments = [comment for comment in state["comments"] if comment["text"]]
     if not comments:
         raise AggregationError("No comment holds any text, so there is none to choose. Try a smaller strength or another model.")
-    comment, reason, notes, cut = _choose(state, comments, config, resources)
+    comment, reason, notes, cut = yield from _choose(state, comments, config, resources)
     update: dict[str, Any] = {"chosen": {"value": comment["value"], "reason": reason}}
     if state["options"]:
-        distribution, more, scored = option_distribution(state, [comment], config, resources)
+        distribution, more, scored = yield from option_distribution(state, [comment], config, resources)
         if resources.settings.distribution != "comments":
             more = [
                 *more,
@@ -46,7 +47,7 @@ def steerable(state: State, config: RunnableConfig, *, resources: Resources) -> 
     prompt = load_prompt("steerable_answer").render(
         query=fence(in_context(state)), passage=fence(comment["text"]), attribute=fence(read_attribute(state["attribute"] or "").text)
     )
-    message = resources.summariser.invoke([HumanMessage(prompt)], {**config, "run_name": "answer"})
+    message = yield from answer_of(resources.summariser, [HumanMessage(prompt)], {**config, "run_name": "answer"})
     response = message.text.strip()
     notes = notes + incomplete(message, "answer") + cut_note(state["comments"], {"choice": [cut], "answer": [cut_tokens(message)]})
     if not response:
@@ -54,7 +55,7 @@ def steerable(state: State, config: RunnableConfig, *, resources: Resources) -> 
     return update | {"response": response, "attribution": attribute_sentences(response, [comment], resources.encoder), "notes": notes}
 
 
-def _choose(state: State, comments: list[Comment], config: RunnableConfig, resources: Resources) -> tuple[Comment, str, list[str], int]:
+def _choose(state: State, comments: list[Comment], config: RunnableConfig, resources: Resources) -> Steps[tuple[Comment, str, list[str], int]]:
     """The comment to rest on, the reason, notes, and how many tokens were left out of the prompt for the choice."""
     asked = state["attribute"] or ""
     if asked in resources.taxonomy:
@@ -75,7 +76,7 @@ def _choose(state: State, comments: list[Comment], config: RunnableConfig, resou
     prompt = load_prompt("steerable_choose").render(
         query=fence(in_context(state)), passages=number_passages(comments), attribute=fence(attribute.text)
     )
-    message = resources.summariser.invoke([HumanMessage(prompt)], {**config, "run_name": "choose"})
+    message = yield from answer_of(resources.summariser, [HumanMessage(prompt)], {**config, "run_name": "choose"})
     numbers = {int(n) for n in re.findall(r"\d{1,3}", message.text)} & set(range(1, len(comments) + 1))
     if len(numbers) == 1:
         return comments[numbers.pop() - 1], "chosen by the main language model", [], cut_tokens(message)

@@ -28,7 +28,7 @@ from vispa_graph.taxonomy_index.vectors import search_vectors, vector_index
 
 Kind = Literal["definition", "facet", "sentence", "concern", "situation"]
 
-_FORMAT = 3
+_FORMAT = 4
 _INDEX, _WEIGHTS, _MANIFEST = "index.faiss", "weights.safetensors", "manifest.json"
 CENTRAL, RELEVANT = 1.0, 0.5
 # A sentence that lives a value is near many questions in which others are at stake. Chosen on the tuning half, like the kernel's constants.

@@ -16,6 +16,7 @@ from vispa_graph.taxonomy_index.calibration import calibrated_score
 from vispa_graph.taxonomy_index.index import Hit
 from vispa_graph.taxonomy_index.selection import Selected, Selector, considered, in_order
 from vispa_graph.taxonomy_index.taxonomy import Taxonomy
+from vispa_graph.waiting import Steps, answer_of, run_steps
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
@@ -52,11 +53,15 @@ class LLMSelector:
         Raises:
             SelectionError: What the model wrote is no such list, or grades what it was not asked about, or something twice.
         """
+        return run_steps(self.judge(query, hits, config))
+
+    def judge(self, query: str, hits: Sequence[Hit], config: RunnableConfig | None = None) -> Steps[list[Selected]]:
+        """The same in steps, for sync and async runs."""
         candidates = considered(self._default.rank(query, hits, config))
         listed = "\n".join(f"- {s.value}: {self._taxonomy[s.value].definition}" for s in candidates)
         prompt = load_prompt("rerank_values").render(query=fence(query), values=listed)
-        run: RunnableConfig = {**(config or {}), "run_name": "judge"}
-        grades = _read_grades(self._find_llm().invoke([HumanMessage(prompt)], run).text, {s.value for s in candidates})
+        message = yield from answer_of(self._find_llm(), [HumanMessage(prompt)], {**(config or {}), "run_name": "judge"})
+        grades = _read_grades(message.text, {s.value for s in candidates})
         judged = []
         for selected in candidates:
             grade = grades.get(selected.value)

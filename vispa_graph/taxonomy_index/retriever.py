@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from langchain_core.callbacks import CallbackManagerForRetrieverRun
+from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun, Callbacks
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import RunnableConfig
 from pydantic import ConfigDict, Field
 
 from vispa_graph.taxonomy_index.index import Hit, TaxonomyIndex
-from vispa_graph.taxonomy_index.selection import CANDIDATES, Selector, choose
+from vispa_graph.taxonomy_index.selection import CANDIDATES, AwaitedSelector, Selector, choose
+from vispa_graph.waiting import Steps, arun_steps, run_steps
 
 
 class TaxonomyRetriever(BaseRetriever):
@@ -58,11 +60,23 @@ class ValueReranker(BaseRetriever):
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, candidates: list[Document] | None = None, **_: Any
     ) -> list[Document]:
+        return run_steps(self._ranked(query, candidates, run_manager.get_child()))
+
+    async def _aget_relevant_documents(
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, candidates: list[Document] | None = None, **_: Any
+    ) -> list[Document]:
+        return await arun_steps(self._ranked(query, candidates, run_manager.get_child()))
+
+    def _ranked(self, query: str, candidates: list[Document] | None, callbacks: Callbacks) -> Steps[list[Document]]:
         if candidates is None:
             hits = self.index.search(query, CANDIDATES)
         else:
             hits = [Hit(self.index.phrases[d.metadata["row"]], d.metadata["score"], d.metadata["row"]) for d in candidates]
-        ranked = self.selector.rank(query, hits, {"callbacks": run_manager.get_child()})
+        config: RunnableConfig = {"callbacks": callbacks}
+        if isinstance(self.selector, AwaitedSelector):
+            ranked = yield from self.selector.judge(query, hits, config)
+        else:
+            ranked = self.selector.rank(query, hits, config)
         likeness = self.index.likeness([selected.value for selected in ranked]) if self.diversity else None
         places = {value: place for place, value in enumerate(dict.fromkeys(value for hit in hits for value in hit.phrase.weights), 1)}
         chosen = choose(ranked, self.k, min_score=self.min_score, diversity=self.diversity, likeness=likeness)

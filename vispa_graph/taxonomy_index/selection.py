@@ -19,6 +19,7 @@ from vispa_graph.taxonomy_index import kernel
 from vispa_graph.taxonomy_index.calibration import calibrated
 from vispa_graph.taxonomy_index.encoder import Floats
 from vispa_graph.taxonomy_index.index import Hit, TaxonomyIndex
+from vispa_graph.waiting import Steps
 
 # Chosen on the tuning half with the kernel: of more, the many that are far outweigh the few that are near.
 CANDIDATES = 100
@@ -53,6 +54,14 @@ class Selector(Protocol):
             hits: The phrases nearest to it.
             config: Callbacks for models that are called.
         """
+
+
+@runtime_checkable
+class AwaitedSelector(Selector, Protocol):
+    """A selector that waits for a model which runs elsewhere."""
+
+    def judge(self, query: str, hits: Sequence[Hit], config: RunnableConfig | None = None) -> Steps[list[Selected]]:
+        """As `rank`, in steps."""
 
 
 class PhraseSelector:

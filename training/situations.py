@@ -1,6 +1,9 @@
 """Write the graded situations of training/content into the package, where they help to select values.
 
 python -m training.situations
+
+Those in `graded/more` lie beside, graded in the same way: with them and an adapter trained on all, half of the benchmark gained as much as the
+other half lost (its README), and the index was twice as large.
 """
 
 from __future__ import annotations

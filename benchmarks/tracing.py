@@ -3,8 +3,8 @@
     python -m benchmarks.tracing
     python -m benchmarks.tracing --quick     # to see that it works; its figures say little
 
-Two dead endpoints: one refuses connections, one takes them and never answers. Runs are interleaved, on the embedded models; medians of
-15, and of 5 for the command line.
+Two dead endpoints: one refuses connections, one takes them and never answers. Runs are interleaved, on the embedded models, the sides taking
+turns in going first: the medians and quartiles of 25 rounds' ratios, and medians of 5 for the command line.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from langchain_core.tracers.langchain import LangChainTracer
 from langsmith import Client
@@ -28,6 +29,7 @@ from rich.table import Table
 
 from vispa_graph import create_graph
 
+T = TypeVar("T")
 QUERY = {"query": "Should my father, 84, have an operation he does not want?"}
 REFUSES = "http://127.0.0.1:9"
 ALLOWED = {"graph.invoke": 1.05, "vispa ask": 2.0}  # a ratio, and seconds
@@ -56,14 +58,31 @@ def medians(rows: Iterable[Iterable[float]]) -> list[float]:
     return [statistics.median(column) for column in zip(*rows, strict=True)]
 
 
-def measure_runs(endpoints: list[str], times: int) -> list[float]:
-    """Seconds of a run: not traced, then with each endpoint."""
+def measure_runs(endpoints: list[str], times: int) -> tuple[float, list[list[float]]]:
+    """Median seconds of a run that is not traced; and for each endpoint, round by round, how many times as long one takes that is."""
     logging.getLogger("langsmith").setLevel(logging.CRITICAL)  # it would tell of every batch that it could not send
     graph = create_graph()
     clients = [None, *(Client(api_url=url, api_key="none") for url in endpoints)]
     for client in clients:
         run_seconds(graph, client)
-    return medians([run_seconds(graph, client) for client in clients] for _ in range(times))
+    rounds = [in_turn(clients, number, lambda client: run_seconds(graph, client)) for number in range(times)]
+    return statistics.median(seconds[0] for seconds in rounds), [
+        [seconds[place] / seconds[0] for seconds in rounds] for place in range(1, len(clients))
+    ]
+
+
+def in_turn(sides: Sequence[T], number: int, measure: Callable[[T], float]) -> list[float]:
+    """The measures of all sides, in their order, beginning with another one each round."""
+    places = [(number + step) % len(sides) for step in range(len(sides))]
+    measured = {place: measure(sides[place]) for place in places}
+    return [measured[place] for place in range(len(sides))]
+
+
+def told(ratios: list[float]) -> str:
+    """The median of ratios with the quartiles, and whether it is allowed."""
+    middle = statistics.median(ratios)
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [middle] * 3
+    return f"{middle:.3f} ({low:.3f} to {high:.3f}), {'met' if middle <= ALLOWED['graph.invoke'] else 'not met'}"
 
 
 def measure_exits(endpoints: list[str], times: int) -> list[float]:
@@ -85,13 +104,12 @@ def main() -> None:
     quick = parser.parse_args().quick
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoints = [REFUSES, f"http://127.0.0.1:{silent.getsockname()[1]}"]
-        runs = measure_runs(endpoints, 1 if quick else 15)
+        plain, ratios = measure_runs(endpoints, 1 if quick else 25)
         exits = measure_exits(endpoints, 1 if quick else 5)
     table = Table(title=f"Tracing to a dead endpoint, {os.cpu_count()} cores")
     for column in ("what", "allowed", "not traced", "refuses", "never answers", "refuses, OTel", "never answers, OTel"):
         table.add_column(column)
-    ratios = [f"{seconds:.3f} ({seconds / runs[0]:.3f})" for seconds in runs[1:]]
-    table.add_row("graph.invoke, s (ratio of medians)", f"{ALLOWED['graph.invoke']:.2f}", f"{runs[0]:.3f}", *ratios, "", "")
+    table.add_row("graph.invoke: seconds, and ratios to that", f"{ALLOWED['graph.invoke']:.2f}", f"{plain:.3f}", *map(told, ratios), "", "")
     order = [exits[number] for number in (0, 1, 3, 2, 4)]
     table.add_row("vispa ask: from its answer to its end, s", f"{ALLOWED['vispa ask']:.2f}", *(f"{seconds:.2f}" for seconds in order))
     Console().print(table)

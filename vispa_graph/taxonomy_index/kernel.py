@@ -69,7 +69,8 @@ def _kernels(vectors: Floats, temperature: float) -> Floats:
     made = vectors @ vectors.T
     made -= 1
     made /= temperature
-    return np.exp(made, out=made)
+    np.exp(made, out=made)
+    return made
 
 
 def _by_landmarks(vectors: Floats, target: Floats, temperature: float, ridge: float) -> Floats:

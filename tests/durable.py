@@ -102,29 +102,29 @@ def hosted(inner, place, saver):
 
 def serve(folder: str, thread: str, asynchronous: bool, resume: object, pause: float, review: bool = False, place: str | None = None) -> None:
     """Begin the run of a thread, or go on with it, and write its output where it ends."""
-    place = Path(folder)
+    home = Path(folder)
     given = GIVEN if resume is None else None if resume == "go on" else Command(resume=resume)
     config = {"configurable": {"thread_id": thread}}
     parts = {
-        "engine": SlowEngine(place / f"{thread}.log", pause),
+        "engine": SlowEngine(home / f"{thread}.log", pause),
         "encoder": NoWords(),
         "taxonomy": TAXONOMY,
-        "settings": Settings(method="mean_difference", cache=place / "cache"),
+        "settings": Settings(method="mean_difference", cache=home / "cache"),
         "review": review,
     }
     if asynchronous:
 
         async def run():
-            async with AsyncSqliteSaver.from_conn_string(str(place / "runs.sqlite")) as saver:
+            async with AsyncSqliteSaver.from_conn_string(str(home / "runs.sqlite")) as saver:
                 saver.serde = STRICT
                 return await hosted(create_graph(**parts, checkpointer=saver), place, saver).ainvoke(given, config)
 
         out = asyncio.run(run())
     else:
-        connection = sqlite3.connect(place / "runs.sqlite", check_same_thread=False)
+        connection = sqlite3.connect(home / "runs.sqlite", check_same_thread=False)
         saver = SqliteSaver(connection, serde=STRICT)
         out = hosted(create_graph(**parts, checkpointer=saver), place, saver).invoke(given, config)
         connection.close()
-    written = place / f"{thread}.out"
+    written = home / f"{thread}.out"
     written.with_suffix(".part").write_bytes(STRICT.dumps_typed(out)[1])
     os.replace(written.with_suffix(".part"), written)

@@ -100,15 +100,15 @@ def test_requests_of_another_kind_do_not_prolong_the_linger(batcher_of):
 
 def test_a_request_that_waited_as_long_for_another_batch_lingers_no_more(batcher_of):
     run = Runner(held=True)
-    batcher = batcher_of(run, linger=1.5, capacity=10)
+    batcher = batcher_of(run, linger=3, capacity=10)
     batcher.submit(Job("first", 10, 0))
     batcher.submit(Job("first", 10, 0))  # a full batch, which does not linger
     assert run.entered.wait(30)
     waited = batcher.submit(Job("a", 1, 1))
-    time.sleep(1.6)
+    time.sleep(3.1)
     batcher.submit(Job("a", 1, 2))
     run.gate.set()
-    assert waited.result(1.2) == 2
+    assert waited.result(2.5) == 2
 
 
 arrivals = st.lists(st.floats(0, 1), min_size=1, max_size=20).map(sorted)

@@ -1325,6 +1325,23 @@ def test_what_two_texts_begin_with_is_read_once(opened):
     assert widths == [(1, len("Would she tell him ") + len("so?") + len("lies?"))]
 
 
+def test_a_text_longer_than_the_models_window_is_read_as_if_alone_beside_texts_that_share_a_row(opened):
+    engine = opened(tiny_model("mistral", sliding_window=128), linger=0.2)
+    texts = ["Would she tell him so?", "Would she tell him lies?", "It was said of old. " * 11]
+    alone = np.concatenate([engine.read([text]) for text in texts])
+    assert np.allclose(engine.read(texts), alone, rtol=1e-3, atol=1e-4)
+
+
+def test_texts_share_rows_that_have_no_more_positions_than_the_model(opened):
+    engine = opened(tiny_model("gpt2", n_positions=64), byte_tokenizer())
+    texts = ["Would she tell him so, whatever the people there may say?", "Would she tell him lies, or say what she knows of it all?", "Yes."]
+    alone = np.concatenate([engine.read([text]) for text in texts])
+    widths = []
+    engine._model.register_forward_pre_hook(lambda _m, _a, named: widths.append(named["input_ids"].shape[1]), with_kwargs=True)
+    assert np.allclose(engine.read(texts), alone, rtol=1e-3, atol=1e-4)
+    assert max(widths) <= 64
+
+
 @pytest.mark.parametrize("architecture", ["mistral", "bloom", "jamba"])
 def test_where_a_window_positions_or_a_memory_of_the_models_own_forbid_it_each_text_has_its_row(architecture, opened):
     engine = opened(tiny_model(architecture))

@@ -62,7 +62,6 @@ def test_the_wheel_from_the_sdist_holds_every_package_prompt_value_and_weight(wh
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_tests_find_the_training_code_also_where_pytest_does_not_add_the_folder_it_runs_in():
     done = subprocess.run(
         [sys.executable, "-P", "-m", "pytest", "--collect-only", "-q", "tests/test_training.py"],
@@ -74,6 +73,7 @@ def test_the_tests_find_the_training_code_also_where_pytest_does_not_add_the_fol
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_nothing_but_the_package(wheel):
     tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"vispa_graph"}

@@ -13,7 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http import HTTPStatus
 
+import httpx
 import pytest
+import requests
 from collector import Collector
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler, get_usage_metadata_callback
 from langchain_core.globals import set_debug
@@ -23,7 +25,7 @@ from langchain_core.tracers.context import collect_runs, tracing_v2_enabled
 from langchain_core.tracers.langchain import LangChainTracer
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
-from langgraph.types import Command
+from langgraph.types import Command, RetryPolicy
 from langsmith import Client, traceable, tracing_context
 from pydantic import TypeAdapter, ValidationError
 from test_tracing import Scripted, drain
@@ -735,6 +737,23 @@ def test_what_is_shown_of_an_error_can_be_pickled_and_takes_no_text_along(error)
     loaded = pickle.loads(pickled)
     assert isinstance(loaded, type(error))
     assert vars(loaded) == vars(without_text(error))
+
+
+@pytest.mark.parametrize("status", [404, 503])
+@pytest.mark.parametrize("library", ["httpx", "requests"])
+def test_a_host_decides_whether_to_try_again_as_by_the_error_itself(library, status):
+    if library == "httpx":
+        request = httpx.Request("POST", f"http://{MARK}/")
+        error = httpx.HTTPStatusError(MARK, request=request, response=httpx.Response(status, text=MARK, request=request))
+    else:
+        answered = requests.Response()
+        answered.status_code, answered._content = status, MARK.encode()
+        error = requests.HTTPError(MARK, response=answered)
+    shown = without_text(error, keeps_original=True)
+    tried_again = RetryPolicy().retry_on
+    assert tried_again(shown) == tried_again(error)
+    assert MARK not in repr(vars(shown))
+    assert pickle.loads(pickle.dumps(shown)).response.status_code == status
 
 
 # Content on request

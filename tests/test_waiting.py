@@ -97,6 +97,7 @@ def test_cancelling_an_async_run_cancels_what_it_asked_of_the_engine_and_leaves_
     asyncio.run(main())
     assert all(future.cancelled() for future, _, _ in engine.held)
     scored = [run for root in tracer.traced_runs for node in root.child_runs for run in node.child_runs if run.name == "score options"]
+    assert bool(scored) == (waits_for == "score")
     assert all(run.end_time and "CancelledError" in run.error for run in scored)
 
 
@@ -122,6 +123,32 @@ def test_a_chat_model_that_judges_the_values_is_awaited_too(make_resources):
 
 
 # The generators themselves
+
+
+def test_one_cancelled_while_it_computes_is_closed_once_the_thread_is_done_with_it():
+    entered, goes_on, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def steps():
+        entered.set()
+        goes_on.wait(60)
+        try:
+            yield Wait(lambda: None, lambda: asyncio.sleep(0))
+        finally:
+            closed.set()
+
+    kept = steps()  # so that it is not closed for being forgotten
+
+    async def main():
+        run = asyncio.create_task(arun_steps(kept))
+        await until(entered.is_set)
+        run.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await run
+        assert not closed.is_set()
+        goes_on.set()
+        await until(closed.is_set)
+
+    asyncio.run(main())
 
 
 def both(steps):

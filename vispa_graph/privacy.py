@@ -237,8 +237,8 @@ def without_text(error: BaseException, *, keeps_original: bool = False) -> BaseE
     """An exception of the same class that does not tell what it was about.
 
     Messages of other libraries' errors, and of the errors they came from, may quote a prompt, and so may their attributes. Its class
-    remains, or the nearest base that can be derived from, and those of its attributes that are numbers or None, so that a host's
-    `except` clauses and retries go on working.
+    remains, or the nearest base that can be derived from, those of its attributes that are numbers or None, and the status code of a
+    response that it holds, so that a host's `except` clauses and retries go on working.
 
     Args:
         keeps_original: Whether the attribute `original` gives the error itself; `vars` and pickling never do.
@@ -274,7 +274,30 @@ def _numbers(error: BaseException) -> dict[str, Any]:
             if not name.startswith("__"):
                 with suppress(Exception):  # never set
                     found.setdefault(name, slot.__get__(error))
-    return {name: _plain(value) for name, value in found.items() if value is None or isinstance(value, int | float)}
+    numbers = {name: _plain(value) for name, value in found.items() if value is None or isinstance(value, int | float)}
+    return numbers | {name: response for name, value in found.items() if (response := _response(value)) is not None}
+
+
+@dataclass(frozen=True)
+class StatusOnly:
+    """What remains of a server's response in an error shown without its text: hosts decide by it whether to try again.
+
+    Attributes:
+        ok: The response's own truth, which for `requests` says whether it was a success.
+    """
+
+    status_code: int
+    ok: bool
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def _response(value: Any) -> StatusOnly | None:
+    with suppress(Exception):  # an object of another library may do anything when it is looked at
+        if type(value.status_code) is int:
+            return StatusOnly(value.status_code, bool(value))
+    return None
 
 
 def _plain(number: Any) -> Any:

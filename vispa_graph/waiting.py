@@ -49,7 +49,7 @@ async def arun_steps(steps: Steps[T]) -> T:
     """The result, awaited."""
     step: Callable[[], Wait[Any]] = partial(next, steps)
     while True:
-        taken = await asyncio.to_thread(_take, step)
+        taken = await _in_thread(steps, step)
         if not isinstance(taken, Wait):
             result: T = taken.result
             return result
@@ -60,6 +60,22 @@ async def arun_steps(steps: Steps[T]) -> T:
         except BaseException as error:  # cancelled, which waits for no thread
             steps.throw(error)
             raise
+
+
+async def _in_thread(steps: Steps[T], step: Callable[[], Wait[Any]]) -> Wait[Any] | _Done[Any]:
+    """Go on in a thread to the next thing to wait for. Cancelled meanwhile, the steps are closed as soon as the thread is done with them."""
+    running = asyncio.ensure_future(asyncio.to_thread(_take, step))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        running.add_done_callback(partial(_close, steps))
+        raise
+
+
+def _close(steps: Steps[Any], running: asyncio.Future[Any]) -> None:
+    if not running.cancelled():  # by a loop that ends: the thread may still be in them
+        running.exception()
+        steps.close()
 
 
 @dataclass(frozen=True)

@@ -65,9 +65,12 @@ _log = logging.getLogger(__name__)
 
 
 class _Kind(NamedTuple):
-    """What is to be done with requests, and whether their rows share one reading of each prompt."""
+    """What is to be done with requests, and whether their rows share one reading of each prompt.
 
-    task: Literal["generate", "score", "read"]
+    Texts too long to stand beside rows with two texts are read apart from them.
+    """
+
+    task: Literal["generate", "score", "read", "read long"]
     shared: bool = False
 
 
@@ -303,12 +306,12 @@ class HuggingFaceEngine:
         if not all(tokens):
             raise InputError("A text without tokens has no last token to read. Leave out empty texts.")
         states = np.empty((len(tokens), self.depth, self.width), dtype=np.float32)
-        laid = sorted(shared_rows(tokens) if self._shares_rows else single_rows(tokens), key=lambda row: len(row.tokens))
+        laid = sorted(shared_rows(tokens, self._widest()) if self._shares_rows else single_rows(tokens), key=lambda row: len(row.tokens))
         # Few rows at a time, so that other requests do not wait long.
         rows = max(1, min(64, self._capacity // 8 // max((len(row.tokens) for row in laid), default=1)))
         for start in range(0, len(laid), rows):
             chunk = laid[start : start + rows]
-            jobs = [Job[_Work](_Kind("read"), len(row.tokens), _Work(None, row.tokens, row=row)) for row in chunk]
+            jobs = [Job[_Work](self._read_kind(row), len(row.tokens), _Work(None, row.tokens, row=row)) for row in chunk]
             futures = [self._batcher.submit(job, bounded=False) for job in jobs]
             for row, future in zip(chunk, futures, strict=True):
                 states[list(row.texts)] = future.result()
@@ -418,7 +421,9 @@ class HuggingFaceEngine:
         jobs = [job for job in jobs if not job.dropped()]  # earlier batches of its own took their time
         if not jobs:
             return
-        run = {"generate": self._run_generate, "score": self._run_score, "read": self._run_read}[cast(_Kind, jobs[0].kind).task]
+        run = {"generate": self._run_generate, "score": self._run_score, "read": self._run_read, "read long": self._run_read}[
+            cast(_Kind, jobs[0].kind).task
+        ]
         try:
             run(jobs)
             return
@@ -534,12 +539,18 @@ class HuggingFaceEngine:
             self._model(input_ids=ids.to(self._model.device), **options)
         return torch.stack(states, dim=1)
 
+    def _widest(self) -> int:
+        return min(WIDEST, self._context())
+
+    def _read_kind(self, row: Row) -> _Kind:
+        return _Kind("read" if len(row.tokens) <= self._widest() else "read long")
+
     def _takes_two_in_a_row(self) -> bool:
         """Whether two texts in one row give the states that they give apart; not in a model with a mask, positions or a memory of its own."""
         if "position_ids" not in inspect.signature(self._model.forward).parameters:
             return False
         # As wide as a row can be: if it does not, the second's positions are far off, it sees much that it must not, and windows end before it.
-        texts = [[1] * 4 + [2, 3] * (min(WIDEST, self._context()) // 2 - 3), [1] * 4 + [3, 2]]
+        texts = [[1] * 4 + [2, 3] * (self._widest() // 2 - 3), [1] * 4 + [3, 2]]
         with torch.inference_mode():
             alone = self._states(single_rows(texts))
             try:

@@ -14,7 +14,8 @@ import torch
 
 # Shorter beginnings are not worth the wider row.
 _WORTH = 4
-# The most tokens of a row with two texts, so that no architecture's sliding window (from 128 tokens) is narrower than the row.
+# The most tokens of a row with two texts and of those beside it, so that no architecture's sliding window (from 128 tokens) is narrower: the mask
+# that keeps texts apart takes the place of the window's.
 WIDEST = 128
 
 
@@ -45,14 +46,18 @@ def single_rows(texts: Sequence[Sequence[int]]) -> list[Row]:
     return [Row((number,), list(text), len(text)) for number, text in enumerate(texts)]
 
 
-def shared_rows(texts: Sequence[Sequence[int]]) -> list[Row]:
-    """Texts, in tokens, two in a row where they begin alike, those with the longest beginning first to be put together."""
+def shared_rows(texts: Sequence[Sequence[int]], widest: int = WIDEST) -> list[Row]:
+    """Texts, in tokens, two in a row where they begin alike, those with the longest beginning first to be put together.
+
+    Args:
+        widest: The most tokens of a row with two texts.
+    """
     order = sorted(range(len(texts)), key=lambda number: list(texts[number]))
     likeness = [(_common(texts[one], texts[other]), one, other) for one, other in pairwise(order)]
     rows, alone = [], set(order)
     for common, one, other in sorted(likeness, key=lambda found: -found[0]):
         both = [*texts[one], *texts[other][common:]]
-        if common >= _WORTH and len(both) <= WIDEST and {one, other} <= alone:
+        if common >= _WORTH and len(both) <= widest and {one, other} <= alone:
             rows.append(Row((one, other), both, common, len(texts[one]) - common))
             alone -= {one, other}
     return rows + [Row((number,), list(texts[number]), len(texts[number])) for number in sorted(alone)]
@@ -70,14 +75,18 @@ def laid_out(rows: Sequence[Row], pad: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def apart(rows: Sequence[Row], width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """What keeps the two texts of a row apart: what is added to the attention scores [rows, 1, width, width], and the positions [rows, width]."""
+    """What keeps the two texts of a row apart: what is added to the attention scores [rows, 1, width, width], and the positions [rows, width].
+
+    Padding is at position 0: there may be fewer positions than the row is wide.
+    """
     common, middle = (torch.tensor(numbers)[:, None] for numbers in zip(*((row.common, row.common + row.first) for row in rows), strict=True))
     place = torch.arange(width)[None]
     in_first, in_second = (place >= common) & (place < middle), place >= middle
     later = place[:, None] > place[..., None]
     hidden = later | (in_second[..., None] & in_first[:, None])
     scores = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
-    return scores[:, None], place - torch.where(in_second, middle - common, 0)
+    length = torch.tensor([len(row.tokens) for row in rows])[:, None]
+    return scores[:, None], torch.where(place < length, place - torch.where(in_second, middle - common, 0), 0)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -53,7 +53,7 @@ def test_definitions_facets_and_concerns_point_at_their_values(some_values):
 def test_every_phrase_is_nearest_to_itself(index):
     for phrase in index.phrases[::7]:
         best = index.search(phrase.text, 1)[0]
-        assert best.score == pytest.approx(1, abs=1e-4)
+        assert best.score == pytest.approx(1, abs=5e-4)  # in half precision
 
 
 def test_search_gives_the_best_first_and_no_more_than_there_are(index):

@@ -57,7 +57,7 @@ def test_a_small_index_is_exact(tmp_path):
     hits = index.search("7", 10)
     assert [hit.entry.id for hit in hits] == expected
     assert hits[0].entry == Entry("e7", "7", "duty")
-    assert [hit.score for hit in hits] == pytest.approx(sorted(cosines, reverse=True)[:10], abs=1e-5)
+    assert [hit.score for hit in hits] == pytest.approx(sorted(cosines, reverse=True)[:10], abs=3e-4)  # in half precision
 
 
 @pytest.mark.usefixtures("small_steps")

@@ -25,7 +25,7 @@ def vector_index(vectors: Floats) -> Any:
 
 
 def exact_index(vectors: Floats) -> Any:
-    """An index that compares a query with every vector; in half precision, which reads half as much memory and moves a cosine by less than 1e-4."""
+    """An index that compares a query with every vector; in half precision, which reads half as much memory and moves a cosine by some 1e-4."""
     import faiss
 
     index = faiss.IndexScalarQuantizer(vectors.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)

@@ -334,7 +334,7 @@ def shown(measured: Sequence[Measured], markdown: bool, title: str) -> Table | s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", help="calibration, whole, hooks, one or threads")
+    parser.add_argument("--only", help="calibration, whole, hooks, one or threads; or words of a row")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on the processor")
     parser.add_argument("--tiny", action="store_true", help="a model of no size, to try the benchmark itself")
@@ -350,7 +350,7 @@ def main() -> None:
         f"{size:.0f}M parameters, {len(bench.blocks)} blocks, {len(bench.layers)} steered, {str(bench.bare.dtype)[6:]}, {where}, {args.rounds} rounds"
     )
     console.print(bench.agreement())
-    rows = [row for row in bench.rows() if args.only in (None, row.group)]
+    rows = [row for row in bench.rows() if args.only in (None, row.group) or args.only in row.name]
     measured = measure(rows, args.rounds, console)
     table = shown(measured, args.markdown, title)
     print(table) if args.markdown else Console().print(table)

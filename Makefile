@@ -44,7 +44,7 @@ $(VENV)/.ready: pyproject.toml requirements-torch.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "Step 1 of 2: PyTorch, by far the largest download ..."
 	$(RUN)python -m pip install --quiet --disable-pip-version-check -r requirements-torch.txt
-	@echo "Step 2 of 2: everything else, about a hundred packages; this took four minutes on two busy cores ..."
+	@echo "Step 2 of 2: everything else, some 140 packages; this took four minutes on two busy cores ..."
 	$(RUN)python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@
 

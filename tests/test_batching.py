@@ -1,5 +1,6 @@
 """The worker that merges requests into batches."""
 
+import sys
 import threading
 import time
 import weakref
@@ -215,6 +216,28 @@ def test_a_crash_fails_the_requests_of_its_batch_and_the_worker_goes_on(crash, b
     assert futures[3].result(30) == 8
 
 
+def test_a_request_that_a_run_leaves_open_fails(batcher_of):
+    batcher = batcher_of(lambda jobs: None)
+    with pytest.raises(BatchError, match="without an answer"):
+        batcher.submit(Job("a", 1, 1)).result(30)
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_callback_that_wants_to_end_the_worker_does_not(late, batcher_of, caplog):
+    run = Runner(held=True)
+    batcher = batcher_of(run)
+    batcher.submit(Job("first", 1, 0))
+    assert run.entered.wait(30)
+    future = batcher.submit(Job("a", 1, 1, timeout=0.01 if late else None))
+    future.add_done_callback(lambda _: sys.exit("secret"))
+    time.sleep(0.02)
+    run.gate.set()
+    assert isinstance(future.exception(30), DeadlineError) if late else future.result(30) == 2
+    assert batcher.submit(Job("b", 1, 3)).result(30) == 6
+    assert "SystemExit" in caplog.text
+    assert "secret" not in caplog.text
+
+
 def test_after_a_crash_new_requests_are_answered(batcher_of):
     batcher = batcher_of(Runner())
     assert isinstance(batcher.submit(Job("a", 1, ValueError())).exception(30), BatchError)
@@ -329,10 +352,21 @@ def test_a_full_queue_refuses_at_once_and_takes_requests_again_when_there_is_roo
     waiting = [batcher.submit(Job("a", 1, number)) for number in range(2)]
     with pytest.raises(EngineBusyError, match=r"2 requests are waiting.*queue_size"):
         batcher.submit(Job("a", 1, 3)).result(0)
-    unbounded = batcher.submit(Job("a", 1, 4), bounded=False)
+    unbounded = batcher.submit(Job("a", 1, 4, bounded=False))
     run.gate.set()
     assert [future.result(30) for future in (first, *waiting, unbounded)] == [0, 0, 2, 8]
     assert batcher.submit(Job("a", 1, 5)).result(30) == 10
+
+
+def test_requests_that_are_not_bounded_do_not_fill_the_queue_for_others(batcher_of):
+    run = Runner(held=True)
+    batcher = batcher_of(run, queue_size=2)
+    batcher.submit(Job("first", 1, 0))
+    assert run.entered.wait(30)
+    read = [batcher.submit(Job("read", 1, number, bounded=False)) for number in range(5)]
+    asked = [batcher.submit(Job("a", 1, number)) for number in range(2)]
+    run.gate.set()
+    assert [future.result(30) for future in (*read, *asked)] == [0, 2, 4, 6, 8, 0, 2]
 
 
 def test_a_request_whose_time_is_up_fails_before_its_batch_and_is_never_run(batcher_of):

@@ -36,7 +36,7 @@ from tiny_models import (
     tiny_model,
     worker_held,
 )
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from vispa_graph.engine.contract import Direction, Engine, Generation, GenerationRequest, ScoreRequest, mix
@@ -57,7 +57,7 @@ from vispa_graph.errors import (
     SettingsError,
     UnsteerableModelError,
 )
-from vispa_graph.resources import Resources
+from vispa_graph.resources import Resources, embedded_folder
 from vispa_graph.settings import Settings
 
 LAYERS = (1, 2, 3)
@@ -358,6 +358,31 @@ def test_a_mixture_without_one_weight_for_each_value_is_refused(parts, weights):
 
 
 # Half precision
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_taken_in_bfloat16_and_steered(name, opened):
+    engine = opened(tiny_model(name).to(torch.bfloat16))
+    assert engine.generate(ask(PROMPT, steering=STEERED, max_new_tokens=2)).result(60).steering.after[0] >= 0.88
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_embedded_model_is_taken_in_half_precision(dtype):
+    engine = HuggingFaceEngine.load(str(embedded_folder()), dtype=dtype)
+    try:
+        assert engine.generate(ask(PROMPT, max_new_tokens=4)).result(60).dtype == dtype
+    finally:
+        engine.close()
+
+
+def test_a_prompt_without_tokens_is_refused(opened):
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "A": 2}, unk_token="<eos>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    engine = opened(tiny_model(), PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"))
+    with pytest.raises(InputError, match="no tokens"):
+        engine.generate(ask(" ")).result(30)
+    with pytest.raises(InputError, match="no tokens"):
+        engine.score(ScoreRequest([{"role": "user", "content": " "}], ("A",))).result(30)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

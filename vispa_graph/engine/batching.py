@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -13,6 +14,7 @@ from typing import Any, Generic, TypeVar
 from vispa_graph.errors import BatchError, DeadlineError, EngineBusyError, EngineClosedError, VispaError
 
 P = TypeVar("P")
+_log = logging.getLogger(__name__)
 # How many lingers a request waits at most while more of its kind keep coming.
 _LONGEST = 4
 
@@ -29,6 +31,7 @@ class Job(Generic[P]):
         new: Most tokens that it adds to them. A batch is as wide as its longest prompt and its longest answer together.
         timeout: Seconds from now until it fails with a `DeadlineError`; None for never.
         halved: How often the batch it ran in was halved for want of memory.
+        bounded: Whether it counts against the bound of the queue; not where its caller waits for it anyway before submitting more.
         begun: When it was made, by `time.monotonic`.
         queued: When it was submitted.
     """
@@ -39,6 +42,7 @@ class Job(Generic[P]):
     new: int = 0
     timeout: float | None = None
     halved: int = 0
+    bounded: bool = True
     future: Future[Any] = field(default_factory=Future)
 
     def __post_init__(self) -> None:
@@ -53,13 +57,11 @@ class Job(Generic[P]):
 
     def finish(self, result: Any) -> None:
         """Resolve with a result, unless it was cancelled or has failed."""
-        if self._claim():
-            self.future.set_result(result)
+        self._resolve(lambda: self.future.set_result(result))
 
     def fail(self, error: BaseException) -> None:
         """Resolve with an error, unless it was cancelled or is done."""
-        if self._claim():
-            self.future.set_exception(error)
+        self._resolve(lambda: self.future.set_exception(error))
 
     def dropped(self) -> bool:
         """Whether nobody waits for it any more: done, cancelled, or past its deadline, with which it fails here."""
@@ -68,6 +70,15 @@ class Job(Generic[P]):
         if self.future.cancelled():
             self._claim()  # tells those who wait for several futures at once
         return self.future.done()
+
+    def _resolve(self, resolve: Callable[[], None]) -> None:
+        try:
+            if self._claim():
+                resolve()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # of a callback, such as SystemExit: it must not end the worker, for others wait for it
+            _log.error("A callback of a request raised %s.", type(error).__name__)
 
     def _claim(self) -> bool:
         """Whether the caller is the one to resolve it: several threads may try, and whoever asked may have cancelled."""
@@ -80,12 +91,12 @@ class Batcher(Generic[P]):
     """Runs jobs in batches, in the order they came.
 
     Args:
-        run: Called in the worker thread with jobs of one kind; it must resolve every job. What it raises fails the jobs that are
-            still open, and the worker goes on.
+        run: Called in the worker thread with jobs of one kind, to resolve every one. Those that it leaves open fail, with what it
+            raised if it did, and the worker goes on.
         linger: Seconds that a job waits for others of its kind, see `lingers_until`, unless those that wait fill a batch already; without
             it, clients that ask at the same time never merge.
         capacity: Largest rows x width of a batch, in tokens; a single job may exceed it.
-        queue_size: Most jobs that wait; more are refused.
+        queue_size: Most bounded jobs that wait; more are refused.
         finish: Called in the worker thread when it ends.
     """
 
@@ -106,14 +117,10 @@ class Batcher(Generic[P]):
         self._thread = threading.Thread(target=self._work, name="vispa-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job[P], *, bounded: bool = True) -> Future[Any]:
-        """Queue a job. Its future fails with an `EngineClosedError` after `close`, with an `EngineBusyError` where the queue is full.
-
-        Args:
-            bounded: False for jobs whose caller waits for them anyway before it submits more.
-        """
+    def submit(self, job: Job[P]) -> Future[Any]:
+        """Queue a job. Its future fails with an `EngineClosedError` after `close`, with an `EngineBusyError` where the queue is full."""
         with self._changed:
-            closed, busy = self._closed, bounded and len(self._waiting) >= self._queue_size
+            closed, busy = self._closed, job.bounded and sum(other.bounded for other in self._waiting) >= self._queue_size
             if not closed and not busy:
                 job.queued = time.monotonic()
                 self._waiting.append(job)
@@ -150,6 +157,7 @@ class Batcher(Generic[P]):
             while self._serve():
                 pass
         finally:
+            self.close()
             self._finish()
 
     def _serve(self) -> bool:
@@ -164,10 +172,14 @@ class Batcher(Generic[P]):
             self._taken = live
         try:
             self._run(live)
+            failure: VispaError = BatchError(
+                "The model ended without an answer to this request. The engine goes on; ask again, or check the model's own code."
+            )
         except BaseException as error:
             # A crash must fail its own requests and no others: whatever it was, the callers get to see it.
-            for job in live:
-                job.fail(as_ours(error))
+            failure = as_ours(error)
+        for job in live:
+            job.fail(failure)
         with self._changed:
             self._taken = []
         return True

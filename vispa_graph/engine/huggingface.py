@@ -311,8 +311,8 @@ class HuggingFaceEngine:
         rows = max(1, min(64, self._capacity // 8 // max((len(row.tokens) for row in laid), default=1)))
         for start in range(0, len(laid), rows):
             chunk = laid[start : start + rows]
-            jobs = [Job[_Work](self._read_kind(row), len(row.tokens), _Work(None, row.tokens, row=row)) for row in chunk]
-            futures = [self._batcher.submit(job, bounded=False) for job in jobs]
+            jobs = [Job[_Work](self._read_kind(row), len(row.tokens), _Work(None, row.tokens, row=row), bounded=False) for row in chunk]
+            futures = [self._batcher.submit(job) for job in jobs]
             for row, future in zip(chunk, futures, strict=True):
                 states[list(row.texts)] = future.result()
             if progress:
@@ -354,6 +354,8 @@ class HuggingFaceEngine:
 
     def _prepare(self, request: GenerationRequest | ScoreRequest, messages: Sequence[Message], new_tokens: int) -> _Work:
         tokens = self._chat_tokens(messages)
+        if not tokens:
+            raise InputError("The prompt has no tokens for this tokenizer. Write a question that it has words for.")
         room = self._context() - new_tokens
         if len(tokens) <= room:
             return _Work(request, tokens)
@@ -574,7 +576,8 @@ class HuggingFaceEngine:
             always = LogitsProcessorList([_Always(1)])
             options: dict[str, Any] = {"max_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True}
             output = self._decode(*self._padded(prompts), past_key_values=cache, logits_processor=always, stops=False, **options)
-            return torch.stack(output.logits, dim=1)
+            # `generate` returns float32 whatever it computed in; how far rounding goes, the checks tell by the precision.
+            return torch.stack(output.logits, dim=1).to(self._model.dtype)
 
     def _takes_roomy_cache(self) -> bool:
         """Whether `generate` gives this model a cache that copies itself at every token, and a roomy one gives the same logits."""
@@ -591,7 +594,7 @@ class HuggingFaceEngine:
                 _log.debug("%s takes no roomy cache (%s).", type(self._model).__name__, _first_line(error))
                 return False
         one, other = (torch.stack(output.logits) for output in (roomy, own))
-        return difference(one, other) <= tolerance(other.dtype)
+        return difference(one, other) <= tolerance(self._model.dtype)
 
     def _prompt_cache(self, prompts: Sequence[Sequence[int]]) -> Any:
         """The keys and values of each prompt without its last token, one row each; equal prompts are read once. None where that is nothing."""

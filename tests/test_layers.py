@@ -68,6 +68,11 @@ def test_the_blocks_are_found_in_every_architecture_and_pass_the_check(architect
     check_steerable(model, blocks)
 
 
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "cohere2", "exaone4", "gpt_oss", "llama4", "lfm2", "jamba", "qwen3_next"])
+def test_architectures_that_mix_kinds_of_blocks_are_tested_with_both(architecture):
+    assert len(set(tiny_config(architecture).layer_types)) == 2
+
+
 @pytest.mark.parametrize("architecture", REFUSED)
 def test_a_causal_model_that_cannot_be_steered_is_refused_with_the_reason(architecture):
     with pytest.raises(UnsteerableModelError, match=REFUSED[architecture][2]):

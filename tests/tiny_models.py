@@ -49,7 +49,7 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "qwen3": ("Qwen3Config", {**_LLAMA, "head_dim": 8}),
     "gemma": ("GemmaConfig", {**_LLAMA, "head_dim": 8}),
     "gemma2": ("Gemma2Config", {**_LLAMA, "head_dim": 8, "sliding_window": 16}),
-    "gemma3": ("Gemma3TextConfig", {**_LLAMA, "head_dim": 8, "sliding_window": 16}),
+    "gemma3": ("Gemma3TextConfig", {**_LLAMA, "head_dim": 8, "sliding_window": 16, "sliding_window_pattern": 3}),
     "phi": ("PhiConfig", _LLAMA),
     "phi3": ("Phi3Config", _LLAMA),
     "olmo2": ("Olmo2Config", _LLAMA),
@@ -82,7 +82,7 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "falcon": ("FalconConfig", _HEADS),
     "xglm": ("XGLMConfig", {"d_model": WIDTH, "num_layers": DEPTH, "attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": CONTEXT}),
     #
-    "lfm2": ("Lfm2Config", _LLAMA),
+    "lfm2": ("Lfm2Config", {**_LLAMA, "full_attn_idxs": [2, 4]}),
     "jamba": (
         "JambaConfig",
         {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "mamba_d_state": 8, "attn_layer_period": 2, "attn_layer_offset": 1},
@@ -90,8 +90,8 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "qwen3_next": ("Qwen3NextConfig", {**_MOE, **_LINEAR, "num_experts": 4, "head_dim": 8, "shared_expert_intermediate_size": 24}),
     "falcon_h1": ("FalconH1Config", {**_LLAMA, **_MAMBA, "mamba_d_ssm": 64}),
 }
-# Their rows cannot share one reading of a prompt: what their recurrent blocks remember cannot be copied to several rows.
-UNSHARED = {"jamba", "qwen3_next", "falcon_h1"}
+# Their rows cannot share one reading of a prompt: what their recurrent or convolving blocks remember cannot be copied to several rows.
+UNSHARED = {"lfm2", "jamba", "qwen3_next", "falcon_h1"}
 # Causal language models that cannot be steered, and the reason that is given.
 REFUSED: dict[str, tuple[str, dict, str]] = {
     "mamba": ("MambaConfig", {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "state_size": 8}, "not the model's hidden state"),

@@ -1205,6 +1205,16 @@ def test_every_token_that_reads_as_the_letter_is_a_spelling_of_it_and_no_other(o
     assert engine._spellings("A") == [vocabulary[token] for token in spellings]
 
 
+def test_the_byte_of_a_letter_is_a_spelling_of_it_where_a_vocabulary_falls_back_to_bytes(opened):
+    tokens = ["<unk>", "<eos>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "A", "▁A", "B"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    plain = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "A")], unk_token="<unk>", byte_fallback=True))
+    plain.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    engine = opened(tiny_model(), PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", eos_token="<eos>"))
+    assert engine._spellings("A") == sorted(vocabulary[token] for token in ("<0x41>", "A", "▁A"))
+    assert engine._spellings("C") == [vocabulary["<0x43>"]]
+
+
 def test_the_logits_of_the_whole_vocabulary_come_back_where_they_are_asked_for(engines):
     logits, _ = Reference("llama", None).forward(ids_of(PROMPT))
     plain, full = (engines["llama"].score(ScoreRequest(user(PROMPT), ("A", "B"), full=full)).result() for full in (False, True))

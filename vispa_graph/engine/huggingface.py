@@ -642,8 +642,10 @@ class HuggingFaceEngine:
     def _spellings(self, letter: str) -> list[int]:
         """Ids of all tokens of the vocabulary that read as the letter, with or without blanks around it."""
         if letter not in self._letters:
-            short = [(text, number) for text, number in self._tokenizer.get_vocab().items() if letter in text and len(text) <= _SPELLING]
-            found = sorted(number for _, number in short if str(self._tokenizer.decode([number])).strip() == letter)
+            byte = "".join(f"<0x{byte:02X}>" for byte in letter.encode())  # how vocabularies with a fallback to bytes name it
+            vocabulary = self._tokenizer.get_vocab().items()
+            likely = [number for text, number in vocabulary if text == byte or (letter in text and len(text) <= _SPELLING)]
+            found = sorted(number for number in likely if str(self._tokenizer.decode([number])).strip() == letter)
             if not found:
                 raise UnsteerableModelError(
                     f"The tokenizer has no single token for the option letter {letter}, so options cannot be scored with this model."

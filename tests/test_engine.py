@@ -940,6 +940,7 @@ def test_a_full_queue_refuses_through_the_future(opened):
         (ask(PROMPT, steering=steer(random_direction(LAYERS), math.nan)), "finite"),
         (ask(PROMPT, steering=steer(random_direction(LAYERS), target=1.0)), "between 0 and 1"),
         (ScoreRequest([{"role": "user", "content": PROMPT}], ()), "1 to 26"),
+        (ScoreRequest([{"role": "user", "content": PROMPT}], ("A", "B", "A")), "two options"),
         (GenerationRequest([{"role": "user"}]), "cannot be put into a prompt"),
     ],
 )

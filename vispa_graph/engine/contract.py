@@ -189,7 +189,7 @@ class Generation:
 
 @dataclass(frozen=True, eq=False)
 class ScoreRequest:
-    """Option letters to score as the next token after a conversation; at most 26.
+    """Option letters to score as the next token after a conversation; at most 26, all different.
 
     Attributes:
         full: Whether the logits of the whole vocabulary come back too.

@@ -340,6 +340,8 @@ class HuggingFaceEngine:
                 raise InputError(f"The seed {request.seed} is not a number from 0 to 2**63 - 1.")
         elif not 1 <= len(request.letters) <= 26:
             raise InputError(f"{len(request.letters)} option letters cannot be scored. Give 1 to 26.")
+        elif len(set(request.letters)) < len(request.letters):
+            raise InputError("An option letter stands for two options. Give each its own.")
         else:
             for letter in request.letters:
                 self._spellings(letter)

@@ -18,7 +18,7 @@ from tiny_models import tiny_engine
 
 from vispa_graph.engine.contract import ScoreRequest, Scores
 from vispa_graph.engine.fake import FakeEngine
-from vispa_graph.errors import AggregationError
+from vispa_graph.errors import AggregationError, NonFiniteError
 from vispa_graph.graph import create_graph
 from vispa_graph.nodes.distributional import in_words
 from vispa_graph.scoring import Ballot, decode_plurally, mean_distribution, option_prompt, pluralistic_logits, rotations, score_by_chat, score_locally
@@ -279,6 +279,18 @@ def test_decoding_says_who_was_asked_where_the_model_was_not_about_to_say_a_lett
     assert rows == [pytest.approx([1 / 3] * 3)]
     assert len(notes) == 1
     assert "Karma, Honor" in notes[0]
+
+
+@pytest.mark.parametrize("other", [9000.0, np.nan])
+def test_letters_without_any_probability_in_the_mixture_are_an_error_and_not_a_guess(other):
+    class Mute(FakeEngine):
+        def score(self, request):
+            future = Future()
+            future.set_result(Scores((0.3, 0.3, 0.4), 1e-300, 5, np.array([0, 0, 0, other], dtype=np.float32), ((0,), (1,), (2,))))
+            return future
+
+    with pytest.raises(NonFiniteError, match="none of the option letters"):
+        run_steps(decode_plurally(Mute(), ballots("one")))
 
 
 def test_an_engine_that_gives_no_logits_cannot_be_decoded_from():

@@ -16,7 +16,7 @@ from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.runnables import RunnableConfig
 
 from vispa_graph.engine.contract import Engine, ScoreRequest, Scores, Steering
-from vispa_graph.errors import AggregationError
+from vispa_graph.errors import AggregationError, NonFiniteError
 from vispa_graph.prompts import fence, load_prompt
 from vispa_graph.state import LETTERS
 from vispa_graph.tracing import score_traced
@@ -129,9 +129,14 @@ def decode_plurally(
         logits = pluralistic_logits(np.array([_logits(s) for s in found]), _logits(plain), np.array([ballot.weight for ballot in group]))
         probabilities = _softmax(logits)
         letters = np.array([probabilities[list(ids)].sum() for ids in plain.spellings])
-        if letters.sum() < _LITTLE:
+        mass = letters.sum()
+        if not mass > 0:
+            raise NonFiniteError(
+                "The perspectives together give none of the option letters any probability. Ask with fewer options, or use distribution='comments'."
+            )
+        if mass < _LITTLE:
             notes += _little([ballot.voter for ballot in group])
-        rows.append(Ballot("", order, "").by_option(letters / letters.sum()))
+        rows.append(Ballot("", order, "").by_option(letters / mass))
     return rows, list(dict.fromkeys(notes)), [s.cut_tokens for s in answered]
 
 

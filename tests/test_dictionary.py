@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -113,6 +114,20 @@ def test_the_direction_is_the_mean_difference_of_the_features_decoded(learned, s
 def test_no_more_features_are_learned_than_there_are_states(sparse):
     _, states = sparse
     assert learn_features(states(9)).encoder.shape == (9, WIDTH)
+
+
+@pytest.mark.parametrize("shape", [(256, 896), (512, 64)])
+@pytest.mark.parametrize("where", ["encoder", "decoder"])
+def test_a_dictionary_is_told_from_one_that_differs_in_any_column(shape, where):
+    size, width = shape
+    matrices = {name: np.zeros(shape, np.float32) for name in ("encoder", "decoder")}
+    plain = Features(**matrices, encoder_bias=np.zeros(size, np.float32), centre=np.zeros(width, np.float32), active=4)
+    seen = {SparseDictionary({0: plain}).fingerprint}
+    for column in range(width):
+        changed = np.zeros(shape, np.float32)
+        changed[:, column] = 1
+        seen.add(SparseDictionary({0: replace(plain, **{where: changed})}).fingerprint)
+    assert len(seen) == 1 + width
 
 
 # On disk

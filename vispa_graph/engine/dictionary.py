@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vispa_graph.engine.contract import Floats
+from vispa_graph.engine.strides import stride
 from vispa_graph.errors import StoreError
 from vispa_graph.storage import atomic_folder
 
@@ -89,13 +90,12 @@ class SparseDictionary:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over a strided sample of up to 4096 numbers of every matrix."""
+        """SHA-256 over a strided sample of about 4096 numbers of every matrix."""
         digest = hashlib.sha256()
         for layer, found in sorted(self.layers.items()):
             digest.update(f"{layer} {found.active} {found.encoder.shape}".encode())
             for matrix in (found.encoder, found.encoder_bias, found.decoder, found.centre):
-                flat = matrix.reshape(-1)
-                digest.update(np.ascontiguousarray(flat[:: max(1, flat.size // 4096)]).tobytes())
+                digest.update(np.ascontiguousarray(matrix.reshape(-1)[:: stride(matrix.shape, 4096)]).tobytes())
         return digest.hexdigest()
 
 

@@ -31,6 +31,7 @@ from vispa_graph.engine.hooks import BatchPlan, Hooks
 from vispa_graph.engine.layers import check_layers, decoder_blocks, default_layers
 from vispa_graph.engine.packing import PackedWeights
 from vispa_graph.engine.rows import WIDEST, Row, apart, laid_out, shared_rows, single_rows
+from vispa_graph.engine.strides import stride
 from vispa_graph.errors import (
     BatchError,
     ContextLengthError,
@@ -814,12 +815,8 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
 
 
 def _sample(values: torch.Tensor) -> bytes:
-    """About 1024 of the numbers, at a stride that walks through all columns."""
-    flat = values.reshape(-1)
-    stride = max(1, flat.numel() // 1024)
-    while values.ndim and math.gcd(stride, values.shape[-1]) > 1:
-        stride += 1
-    return flat[::stride].float().cpu().numpy().tobytes()
+    """About 1024 of the numbers."""
+    return values.reshape(-1)[:: stride(values.shape, 1024)].float().cpu().numpy().tobytes()
 
 
 def _decisive(configuration: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -212,7 +212,8 @@ class DirectionStore:
 class StateStore:
     """States read for a fit that is under way, so that one that broke off does not read them again. Removed when the fit is done.
 
-    Its files may be gone at any time: another process that finishes the same fit removes them.
+    Its files are named by what was read and by the digest of their content. They may be gone at any time: another process that finishes
+    the same fit removes them.
 
     Args:
         folder: Of the directions that are fitted.
@@ -222,31 +223,31 @@ class StateStore:
         self._folder = folder / _READING
 
     def load(self, prompts: Sequence[Prompt], layers: Sequence[int]) -> Floats | None:
-        """The states [prompts, L, d]; None where they are not there whole."""
-        from safetensors import SafetensorError
+        """The states [prompts, L, d]; None where they are not there as they were written."""
         from safetensors.numpy import load
 
         try:
-            states = load(self._file(prompts, layers).read_bytes())[_READING]
-        except (OSError, KeyError, ValueError, SafetensorError):
-            return None
-        return states if states.ndim == 3 and states.shape[:2] == (len(prompts), len(layers)) else None
+            for path in sorted(self._folder.glob(f"{_read_for(prompts, layers)}-*{_SUFFIX}")):
+                content = path.read_bytes()
+                if path.stem.endswith(f"-{_digest(content)}"):
+                    return load(content)[_READING]
+        except OSError as error:  # removed just now
+            _log.debug("Kept states cannot be read (%s).", type(error).__name__)
+        return None
 
     def keep(self, prompts: Sequence[Prompt], layers: Sequence[int], states: Floats) -> None:
         """Write states [prompts, L, d], if that can be done: the fit goes on without, too."""
         from safetensors.numpy import save
 
+        content = save({_READING: np.ascontiguousarray(states)})
         try:
-            write_atomic(self._file(prompts, layers), save({_READING: np.ascontiguousarray(states)}))
+            write_atomic(self._folder / f"{_read_for(prompts, layers)}-{_digest(content)}{_SUFFIX}", content)
         except OSError as error:  # no space, or another process that has finished removes the folder just now
             _log.debug("States are not kept (%s).", type(error).__name__)
 
     def remove(self) -> None:
         """Remove all of it."""
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _file(self, prompts: Sequence[Prompt], layers: Sequence[int]) -> Path:
-        return self._folder / f"{_digest(json.dumps([prompts, list(layers)]).encode())}{_SUFFIX}"
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -266,6 +267,11 @@ def _problem(arrays: Mapping[str, Floats], layers: int) -> str | None:
     if arrays["vectors"].ndim != 2 or any(len(array) != layers or (name != "vectors" and array.ndim != 1) for name, array in arrays.items()):
         return "have other shapes than their layers ask for"
     return None if all(np.isfinite(array).all() for array in arrays.values()) else "hold numbers that are not finite"
+
+
+def _read_for(prompts: Sequence[Prompt], layers: Sequence[int]) -> str:
+    """What names the states of prompts at some blocks."""
+    return _digest(json.dumps([prompts, list(layers)]).encode())
 
 
 def _digest(content: bytes) -> str:

@@ -1,7 +1,8 @@
 """What a steering engine must do. Nothing here imports torch, so that a fake engine costs nothing.
 
 An engine owns one model. Requests from any thread are answered through futures; how they are batched is the engine's affair,
-and no request can change the result of another. A future can be cancelled at any time, also while its request runs.
+and in float32 no request can change the result of another; below, the rounding depends on the batch. A future can be cancelled at any
+time, also while its request runs.
 """
 
 from __future__ import annotations

@@ -726,9 +726,9 @@ class _Rows(StoppingCriteria):
 
 
 class _Sampler(LogitsProcessor):
-    """Refuses logits that are not finite, and samples rows that ask for it with generators of their own.
+    """Refuses logits that are NaN (infinite ones rule tokens out), and samples rows that ask for it with generators of their own.
 
-    Adding Gumbel noise and taking the largest draws from the softmax, so a row's text does not depend on its neighbours.
+    Adding Gumbel noise and taking the largest draws from the softmax, so in float32 a row's text does not depend on its neighbours.
     """
 
     def __init__(self, requests: Sequence[GenerationRequest], device: torch.device) -> None:

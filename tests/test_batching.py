@@ -216,6 +216,18 @@ def test_a_crash_fails_the_requests_of_its_batch_and_the_worker_goes_on(crash, b
     assert futures[3].result(30) == 8
 
 
+@pytest.mark.parametrize("crash", [RuntimeError("secret"), NonFiniteError("The logits are not finite.")])
+def test_requests_that_fail_together_have_an_error_each(crash, batcher_of):
+    run, cause = Runner(held=True), KeyError("cause")
+    crash.__cause__ = cause
+    futures = submit_behind_a_held_one(batcher_of(run), run, [Job("a", 1, crash), Job("a", 1, 2)])
+    one, other = (future.exception(30) for future in futures)
+    assert one is not other
+    assert (type(one), str(one)) == (type(other), str(other))
+    for error in (one, other):
+        assert cause in (error.__cause__, error.__cause__.__cause__)
+
+
 def test_a_request_that_a_run_leaves_open_fails(batcher_of):
     batcher = batcher_of(lambda jobs: None)
     with pytest.raises(BatchError, match="without an answer"):

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -172,14 +173,12 @@ class Batcher(Generic[P]):
             self._taken = live
         try:
             self._run(live)
-            failure: VispaError = BatchError(
-                "The model ended without an answer to this request. The engine goes on; ask again, or check the model's own code."
-            )
         except BaseException as error:
             # A crash must fail its own requests and no others: whatever it was, the callers get to see it.
-            failure = as_ours(error)
+            for job in live:
+                job.fail(as_ours(error))
         for job in live:
-            job.fail(failure)
+            job.fail(BatchError("The model ended without an answer to this request. The engine goes on; ask again, or check the model's own code."))
         with self._changed:
             self._taken = []
         return True
@@ -237,9 +236,14 @@ def lingers_until(came: Sequence[float], linger: float, free: float) -> float:
 
 
 def as_ours(error: BaseException) -> VispaError:
-    """The error itself where it is one of ours, else a `BatchError` caused by it. Its text stays in the cause: it may quote a prompt."""
+    """A copy of the error where it is one of ours, else a `BatchError` caused by it. Its text stays in the cause: it may quote a prompt.
+
+    Each request gets its own: whoever raises an error adds to its traceback, and several threads may.
+    """
     if isinstance(error, VispaError):
-        return error
+        own = copy(error).with_traceback(error.__traceback__)
+        own.__cause__ = error.__cause__
+        return own
     ours = BatchError(f"The model failed while it ran this request ({type(error).__name__}). The engine goes on; the cause is chained to this error.")
     ours.__cause__ = error
     return ours

@@ -726,7 +726,7 @@ class _Rows(StoppingCriteria):
 
 
 class _Sampler(LogitsProcessor):
-    """Refuses logits that are NaN (infinite ones rule tokens out), and samples rows that ask for it with generators of their own.
+    """Refuses logits that are NaN (minus infinity rules a token out), and samples rows that ask for it with generators of their own.
 
     Adding Gumbel noise and taking the largest draws from the softmax, so in float32 a row's text does not depend on its neighbours.
     """

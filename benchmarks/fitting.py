@@ -3,7 +3,7 @@
     python -m benchmarks.fitting                             # all 31 values, three rounds: an hour on one core
     python -m benchmarks.fitting --values 4 --rounds 3       # minutes; the ratios are those of four values
 
-The model is a random Qwen2 of 97 million parameters in float32; its text means nothing, its cost does.
+The model is a random Qwen2 of 99 million parameters in float32; its text means nothing, its cost does.
 """
 
 from __future__ import annotations

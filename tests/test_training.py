@@ -147,7 +147,7 @@ assert model.weight.grad.tolist() == [[1.5, 15.0]], model.weight.grad
 def test_workers_average_their_gradients(tmp_path):
     script = tmp_path / "average.py"
     script.write_text(AVERAGE, encoding="utf-8")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     paths = {**os.environ, "PYTHONPATH": str(CONTENT.parents[1])}
     ended = subprocess.run(command, capture_output=True, text=True, env=paths, timeout=300)
     assert ended.returncode == 0, ended.stderr

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from training.grammar import Grammar
+from benchmarks.embedded_model import QUESTIONS
+from benchmarks.judge import SENTENCES
+from training.grammar import CONTENT, Grammar, read_yaml
 from training.selection import adapt, examples
 from training.situations import compact, graded
 from training.train import Pushes
@@ -49,7 +58,7 @@ def test_a_pushed_row_reaches_its_probability_at_the_header_in_every_steered_blo
     for row in (0, 2):
         for number, layer in enumerate(LAYERS):
             logit = float(states[layer][row, 5] @ torch.from_numpy(direction().vectors[number])) - 1
-            assert logit > 0.4 - 1e-3, "P0 is drawn from .6 to .99; a state that is there already is left alone"
+            assert logit > 1.4 - 1e-3, "P0 is drawn from .8 to .998; a state that is there already is left alone"
 
 
 def test_a_comment_that_speaks_for_a_value_is_marked_with_it_so_that_it_can_be_steered_toward():
@@ -59,6 +68,90 @@ def test_a_comment_that_speaks_for_a_value_is_marked_with_it_so_that_it_can_be_s
         assert grammar.value_then_comment()[-1].value in grammar.positives
         assert grammar.bare_value_comment()[-1].value in grammar.positives
         assert grammar.neutral_comment()[-1].value is None
+
+
+@pytest.fixture(scope="module")
+def grammar() -> Grammar:
+    return Grammar(Taxonomy.load(bioethics=True), seed=5)
+
+
+VALUES = sorted(path.stem for path in (CONTENT / "comments").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_sentences_of_comments_fit_any_topic_and_openers_name_it_once(value):
+    parts = read_yaml(CONTENT / "comments" / f"{value}.yaml")
+    assert all(len(set(sentences)) == len(sentences) >= (30 if value == "neutral" else 40) for sentences in parts.values())
+    for kind, sentences in parts.items():
+        for sentence in sentences:
+            slots = re.findall(r"\{(\w+)\}", sentence)
+            assert set(slots) <= {"topic", "Topic"}, sentence
+            assert len(slots) == {"openers": 1, "reasons": 0}.get(kind, len(slots)) <= 1, sentence
+            subject = re.match(r"(?!The question|What )[^,;:]*\{topic\} (?:is|are|was|were|has|have|does|do)\b", sentence, re.IGNORECASE)
+            assert not subject, f"topics are singular and plural: {sentence}"
+
+
+def test_there_are_comments_for_every_value_and_a_neutral_one(grammar):
+    assert {value.id for value in grammar.values} | {"neutral"} == set(VALUES)
+
+
+def test_the_topic_of_a_graded_situation_can_be_copied_from_it(grammar):
+    assert len(grammar.graded) > 11_000
+    for situation in grammar.graded:
+        assert re.match(r"(?:the|your) \S", situation.topic), situation
+        assert re.search(rf"\b{re.escape(situation.topic.split()[-1].lower())}\b", situation.text.lower().replace("’", "'")), situation
+
+
+def test_a_comment_names_the_topic_of_its_situation(grammar):
+    for value in VALUES:
+        situation = grammar.situation()
+        assert situation.topic.lower() in grammar.comment(value, situation).lower()
+
+
+def runs_of_words(text: str, length: int = 6) -> set[tuple[str, ...]]:
+    words = re.findall(r"[a-z']+", text.lower())
+    return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
+
+
+def test_the_judges_sentences_share_no_run_of_six_words_with_comments(grammar):
+    judged = yaml.safe_load(SENTENCES.read_text(encoding="utf-8"))
+    of_judge = set(chain.from_iterable(runs_of_words(sentence) for sentences in judged.values() for sentence in sentences))
+    for parts in grammar.comments.values():
+        for sentence in chain.from_iterable(parts.values()):
+            assert not runs_of_words(re.sub(r"\{\w+\}", "x", sentence)) & of_judge, sentence
+
+
+def test_the_benchmarks_questions_are_not_among_the_situations(grammar):
+    known = {situation.text for situation in (*grammar.free, *grammar.graded)}
+    assert not known & {entry["text"] for entry in yaml.safe_load(QUESTIONS.read_text(encoding="utf-8"))}
+
+
+def test_some_situations_are_followed_up(grammar):
+    texts = [grammar.situation().text for _ in range(400)]
+    assert any(text.endswith(f"\n{second}") for text in texts for second in grammar.frames["follow_ups"])
+
+
+AVERAGE = """
+import torch, torch.distributed as dist
+from torch import nn
+from training.train import average_gradients
+dist.init_process_group("gloo")
+model = nn.Linear(2, 1, bias=False)
+nn.init.ones_(model.weight)
+(model(torch.tensor([[1.0, 10.0]])) * (dist.get_rank() + 1)).sum().backward()
+average_gradients(model)
+assert model.weight.grad.tolist() == [[1.5, 15.0]], model.weight.grad
+"""
+
+
+@pytest.mark.slow
+def test_workers_average_their_gradients(tmp_path):
+    script = tmp_path / "average.py"
+    script.write_text(AVERAGE, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    paths = {**os.environ, "PYTHONPATH": str(CONTENT.parents[1])}
+    ended = subprocess.run(command, capture_output=True, text=True, env=paths, timeout=300)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_the_situations_of_the_package_are_those_that_were_graded():

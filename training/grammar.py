@@ -21,10 +21,10 @@ from vispa_graph.taxonomy_index import Taxonomy, Value
 
 CONTENT = Path(__file__).parent / "content"
 
-# How much a token counts in the loss. The comments are what the model is for; questions are mostly noise to predict.
-TEXT, QUESTION, COMMENT, LETTER = 0.3, 0.1, 1.0, 8.0
-# The first words of a comment decide its value: there the model must use what came before.
-FIRST_WORDS, FIRST_WEIGHT = 8, 3.0
+# How much a token counts in the loss. The comments are what the model is for; to predict questions would cost a fifth of the time.
+TEXT, QUESTION, COMMENT, LETTER = 0.3, 0.0, 1.0, 8.0
+# The first words of a comment decide its value and name its topic: there the model must use what came before.
+FIRST_WORDS, FIRST_WEIGHT = 12, 3.0
 
 Role = Literal["text", "user", "assistant"]
 PRONOUNS = {
@@ -35,7 +35,6 @@ PRONOUNS = {
 }
 KINSMEN = ("father", "grandfather", "brother", "uncle", "son", "husband", "grandson", "nephew", "father-in-law", "stepfather")
 KINSWOMEN = ("mother", "grandmother", "sister", "aunt", "daughter", "wife", "granddaughter", "niece", "mother-in-law", "stepmother")
-NAMES_MATTER = re.compile(r"\{(topic|act|base)\}", re.IGNORECASE)
 SYLLABLES = [c + v for c in ("b", "br", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "st", "t", "tr", "v", "z", "sh", "ch") for v in "aeiou"]
 ENDINGS = ["n", "r", "l", "x", "st", "nd", "m", "s", "t", "", "ril", "tan", "dex", "mine", "tor"]
 
@@ -56,17 +55,18 @@ class Segment:
 
 @dataclass(frozen=True)
 class Situation:
-    """A question as asked, and what a comment on it needs: the act, the topic, the person and the pronoun.
+    """A question as asked, and its topic: the noun phrase by which a comment names what it is about.
 
+    The act, the person and the pronoun are for passages and options of multiple choice; situations that were only graded have none.
     `central` and `relevant` are the values at stake, where somebody judged them.
     """
 
     text: str
-    base: str
-    act: str
     topic: str
-    who: str
-    pronoun: str
+    base: str = ""
+    act: str = ""
+    who: str = "you"
+    pronoun: str = "you"
     central: tuple[str, ...] = ()
     relevant: tuple[str, ...] = ()
 
@@ -85,7 +85,7 @@ def capitalised(text: str) -> str:
 
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file."""
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
 
 
 class Grammar:
@@ -111,6 +111,12 @@ class Grammar:
             acts += [(entry["base"], entry["act"], entry["topic"]) for entry in read_yaml(path) or []]
         self.held_out = free[::held_out_situations]
         self.free = [situation for situation in free if situation not in self.held_out]
+        self.graded = [
+            Situation(entry["text"], entry["topic"], central=tuple(entry["central"]), relevant=tuple(entry["relevant"]))
+            for path in sorted((CONTENT / "graded").rglob("*.yaml"))
+            for entry in read_yaml(path)
+            if "topic" in entry
+        ]
         self.acts = acts
         self.open_acts = [tuple(act.split("|")) for act in self.frames["acts"]]
         words = {word for _, _, topic in acts for word in re.findall(r"[a-z]{4,}", topic)}
@@ -120,19 +126,19 @@ class Grammar:
         self.positives = {v.id: [p.positive for form in v.pairs.values() for p in form[:-held_out_pairs]] for v in self.values}
         self.negatives = {v.id: [p.negative for form in v.pairs.values() for p in form[:-held_out_pairs]] for v in self.values}
         self.kinds: list[tuple[float, Callable[[], list[Segment]]]] = [
-            (0.14, self.value_then_comment),
-            (0.20, self.value_in_question),
-            (0.05, self.named_value),
-            (0.05, self.neutral_comment),
-            (0.39, self.bare_value_comment),
+            (0.08, self.value_then_comment),
+            (0.14, self.value_in_question),
+            (0.02, self.named_value),
+            (0.07, self.neutral_comment),
+            (0.56, self.bare_value_comment),
             (0.02, self.opposed_then_neutral),
             (0.05, self.run_of_value),
             (0.01, self.run_of_opposed),
-            (0.03, self.choice_by_stance),
+            (0.01, self.choice_by_stance),
             (0.01, self.choice_by_act),
             (0.01, self.choice_by_value),
             (0.01, self.look_up_option),
-            (0.03, self.recall),
+            (0.01, self.recall),
         ]
 
     def document(self) -> list[Segment]:
@@ -158,6 +164,13 @@ class Grammar:
         return base, act, topic
 
     def situation(self) -> Situation:
+        """What a comment may be on: a graded situation, or one with an act, now and then with a question that follows it up."""
+        situation = self.varied(self.random.choice(self.graded)) if self.random.random() < 0.45 else self.act_situation()
+        if self.random.random() < 0.05:
+            return replace(situation, text=f"{situation.text}\n{self.random.choice(self.frames['follow_ups'])}")
+        return situation
+
+    def act_situation(self) -> Situation:
         """A free situation, or an act in one of the frames in which people ask."""
         if self.random.random() < 0.5:
             return self.varied(self.random.choice(self.free))
@@ -165,7 +178,7 @@ class Grammar:
         if self.random.random() < 0.3:
             frame = self.random.choice(self.frames["general"])
             text = frame.format(base=base, act=act, Act=capitalised(act), topic=topic)
-            return Situation(text, base, act, topic, "people", "they")
+            return Situation(text, topic, base, act, "people", "they")
         asked, obj, answered, pronoun, number = self.random.choice(self.persons)
         if pronoun == "NAMED":
             pronoun = self.random.choice(("he", "she"))
@@ -181,7 +194,7 @@ class Grammar:
             does_they="does" if they in ("he", "she") else "do",
             age=f", {self.random.randint(15, 97)}," if asked not in ("I", "we") and self.random.random() < 0.6 else "",
         )  # fmt: skip
-        return Situation(text.replace(", ?", "?").replace(",?", "?"), base, act, topic, answered, pronoun)
+        return Situation(text.replace(", ?", "?").replace(",?", "?"), topic, base, act, answered, pronoun)
 
     def varied(self, situation: Situation) -> Situation:
         """A free situation with another relative, age or main noun, each now and then, the same wherever it is named."""
@@ -206,11 +219,8 @@ class Grammar:
     def comment(self, value: str, situation: Situation) -> str:
         """Two or three sentences on the situation from a value ("neutral" for none)."""
         parts = self.comments[value]
-        first, second = self.random.choice(parts["openers"]), self.random.choice(parts["reasons"])
-        while not NAMES_MATTER.search(first + second):
-            first = self.random.choice(parts["openers"])
-        sentences = [first, second]
-        if self.random.random() < 0.75:
+        sentences = [self.random.choice(parts["openers"]), self.random.choice(parts["reasons"])]
+        if self.random.random() < 0.85:
             sentences.append(self.random.choice(parts["closings"]))
         return " ".join(situation.fill(sentence) for sentence in sentences)
 
@@ -319,7 +329,7 @@ class Grammar:
         options = list(dict.fromkeys(capitalised(self.act()[0]) for _ in range(self.random.choice((2, 3, 4)))))
         if self.random.random() < 0.4:
             options = self.random.choice(self.frames["options"])
-            options = [self.situation().fill(option) for option in options]
+            options = [self.act_situation().fill(option) for option in options]
         if self.random.random() < 0.5:
             return self._bare_look_up(options)
         turns: list[Segment] = []
@@ -375,7 +385,7 @@ class Grammar:
 
     def choice_by_stance(self) -> list[Segment]:
         """A passage that leans one way, and options of which one says so."""
-        situation = self.situation()
+        situation = self.act_situation()
         options = self.random.choice(self.frames["options"])
         answer = self.random.randrange(len(options))
         stance = self.random.choice(self.frames["stance"][("for", "against", "open")[answer]])
@@ -385,16 +395,15 @@ class Grammar:
 
     def choice_by_act(self) -> list[Segment]:
         """A passage that speaks for one of several acts, and those acts as options."""
-        situation = self.situation()
+        situation = self.act_situation()
         bases = [self.act()[0] for _ in range(self.random.choice((1, 2, 2, 3)))]
-        chosen = Situation(situation.text, situation.base, situation.act, situation.topic, situation.who, situation.pronoun)
-        passage = chosen.fill(
+        passage = situation.fill(
             self.random.choice(
                 ["{Who} should {base}.", "The best way is to {base}.", "I would say: {base}.", "{Who} might well {base}, and I would support that."]
             )
         )
         if self.random.random() < 0.5:
-            passage = chosen.fill(self.random.choice(self.comments[self.value()]["reasons"])) + " " + passage
+            passage = situation.fill(self.random.choice(self.comments[self.value()]["reasons"])) + " " + passage
         options = list(dict.fromkeys(capitalised(base) for base in [situation.base, *bases]))
         if len(options) < 2:
             return self.choice_by_stance()

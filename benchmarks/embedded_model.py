@@ -72,7 +72,9 @@ def vocabulary(grammar: Grammar) -> set[str]:
     """Every word of the project's texts, invented ones apart."""
     texts = [s for parts in grammar.comments.values() for sentences in parts.values() for s in sentences]
     texts += [sentence for sentences in grammar.positives.values() for sentence in sentences]
-    texts += [part for s in grammar.free for part in (s.text, s.topic, s.act, s.who)] + [part for act in grammar.acts for part in act]
+    texts += [part for s in (*grammar.free, *grammar.graded) for part in (s.text, s.topic, s.act, s.who)] + [
+        part for act in grammar.acts for part in act
+    ]
     return {word for text in texts for word in re.findall(r"[a-z']+", text.lower())} | {"he", "she", "him", "his", "hers", "theirs", "yours"}
 
 

@@ -35,6 +35,7 @@ def test_texts_that_differ_from_the_official_procedures_end_a_run_in_float32(ben
         bench.agreement()
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="weights are packed by oneDNN")
 @pytest.mark.parametrize(("dtype", "packs"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_rows_speak_of_packed_weights_only_where_weights_are_packed(dtype, packs, bench_of):
     assert any("packed weights" in row.name for row in bench_of(dtype).rows()) == packs

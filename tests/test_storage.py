@@ -28,7 +28,10 @@ def test_a_folder_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch
 
 
 def test_a_folder_that_cannot_be_brought_to_the_disk_does_not_appear(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda number: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk full")))
+    def full(_number):
+        raise OSError(errno.ENOSPC, "disk full")
+
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match=r"disk full.*made"), atomic_folder(tmp_path / "made") as temporary:
         (temporary / "file").write_text("")
     assert list(tmp_path.iterdir()) == []

@@ -95,7 +95,7 @@ def test_there_are_comments_for_every_value_and_a_neutral_one(grammar):
     assert {value.id for value in grammar.values} | {"neutral"} == set(VALUES)
 
 
-def test_the_topic_of_a_graded_situation_can_be_copied_from_it(grammar):
+def test_the_main_noun_of_a_graded_situations_topic_stands_in_it(grammar):
     assert len(grammar.graded) > 11_000
     for situation in grammar.graded:
         assert re.match(r"(?:the|your) \S", situation.topic), situation

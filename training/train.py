@@ -9,6 +9,7 @@ The documents are generated while training, packed into rows of a fixed length, 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -21,7 +22,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -32,10 +35,12 @@ from vispa_graph.engine.contract import Direction
 from vispa_graph.engine.directions import FitSettings, fit_directions
 from vispa_graph.engine.huggingface import HuggingFaceEngine
 from vispa_graph.resources import embedded_folder
+from vispa_graph.storage import write_atomic
 from vispa_graph.taxonomy_index import Taxonomy, Value
 
 SPECIAL = ["<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>"]
 LENGTHS = (72, 104, 144, 208, 320)
+CHECKPOINT = "trainer.safetensors"
 BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -216,13 +221,20 @@ def fewer_pairs(value: Value) -> Value:
     return replace(value, pairs={form: pairs[::3] for form, pairs in value.pairs.items()})
 
 
-def rate_at(step: int, steps: int, cooldown: int) -> float:
-    """The learning rate as a share of its largest: a warm-up of 100 steps, a plateau, and a straight line to zero over the last `cooldown` steps."""
-    return min(1.0, (step + 1) / 100, (steps - step) / cooldown)
+def rate_at(step: int, start: int, steps: int, cooldown: int) -> float:
+    """The learning rate as a share of its largest: a warm-up over 100 steps from `start`, where the optimisers know nothing yet, a plateau, and a
+    straight line to zero over the last `cooldown` steps.
+    """
+    return min(1.0, (step - start + 1) / 100, (steps - step) / cooldown)
+
+
+def seed_of(seed: int, start: int, rank: int) -> int:
+    """A seed of its own for every worker of every stretch of a training."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {start} {rank}".encode()).digest()[:4])
 
 
 def average_gradients(model: nn.Module) -> None:
-    """Average the gradients over the workers."""
+    """Average the gradients, each of its own worker's mean loss, over the workers."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
@@ -241,9 +253,21 @@ def uncompiled(model: LlamaForCausalLM) -> LlamaForCausalLM:
 def save(model: LlamaForCausalLM, folder: Path, step: int, tokens: int, arguments: argparse.Namespace) -> None:
     """Write the trainer's float32 checkpoint and the model as it ships, in bfloat16."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    save_file(state, folder / "trainer.safetensors")
-    (folder / "trainer.json").write_text(json.dumps({"step": step, "tokens": tokens, "arguments": {k: str(v) for k, v in vars(arguments).items()}}))
-    uncompiled(model).to(torch.bfloat16).save_pretrained(folder)
+    facts = {"step": str(step), "tokens": str(tokens), "arguments": json.dumps({name: str(value) for name, value in vars(arguments).items()})}
+    write_atomic(folder / CHECKPOINT, to_bytes(state, metadata=facts))
+    copy = uncompiled(model).to(torch.bfloat16)
+    copy.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=80, repetition_penalty=1.0, bos_token_id=model.config.bos_token_id,
+        eos_token_id=model.config.eos_token_id, pad_token_id=model.config.pad_token_id,
+    )  # fmt: skip
+    copy.save_pretrained(folder)
+
+
+def reached(checkpoint: Path) -> tuple[int, int]:
+    """The step and the tokens that a checkpoint was written at."""
+    with safe_open(checkpoint, "pt") as file:
+        facts = file.metadata()
+    return int(facts["step"]), int(facts["tokens"])
 
 
 def main() -> None:
@@ -261,8 +285,10 @@ def main() -> None:
     parser.add_argument("--refit", type=int, default=500, help="steps between two fits of the directions for that")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out (its generator starts anew)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out; the optimisers and the generators start anew")
     args = parser.parse_args()
+    if args.batch // int(os.environ.get("WORLD_SIZE", "1")) < LENGTHS[-1]:
+        parser.error(f"--batch must leave each worker at least {LENGTHS[-1]} tokens, the longest document")
     workers, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if workers > 1:
         dist.init_process_group("gloo")
@@ -271,15 +297,14 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     taxonomy = Taxonomy.load(bioethics=True)
-    state = args.out / "trainer.safetensors"
-    start = 0
-    if args.resume and state.exists():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
-        start = json.loads((args.out / "trainer.json").read_text())["step"]
-    else:
-        tokenizer = train_tokenizer(Grammar(taxonomy, args.seed), args.vocabulary, documents=20_000)
-        if rank == 0:
-            tokenizer.save_pretrained(args.out)
+    checkpoint = args.out / CHECKPOINT
+    resumed = args.resume and checkpoint.exists()
+    start, tokens = reached(checkpoint) if resumed else (0, 0)
+    if not resumed and rank == 0:
+        train_tokenizer(Grammar(taxonomy, args.seed), args.vocabulary, documents=20_000).save_pretrained(args.out)
+    if workers > 1:
+        dist.barrier()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
     heads = args.width // 64
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=int(args.width * 8 / 3 + 63) // 64 * 64,
@@ -288,9 +313,12 @@ def main() -> None:
         pad_token_id=tokenizer.pad_token_id, attn_implementation="eager",  # compiled, it is a third faster on a CPU than sdpa
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    if start:
-        model.load_state_dict(load_file(state), strict=False)
+    if resumed:
+        model.load_state_dict(load_file(checkpoint), strict=False)
         model.tie_weights()
+    if workers > 1:
+        for parameter in model.parameters():
+            dist.broadcast(parameter.data, src=0)
     profile = json.loads((embedded_folder() / "profile.json").read_text(encoding="utf-8"))
     fit = FitSettings(
         **{field.name: profile[field.name] for field in fields(FitSettings) if field.name in profile} | {"layers": tuple(profile["layers"])}
@@ -298,12 +326,13 @@ def main() -> None:
     batch = args.batch // workers
     nudges = add_nudges(model, batch // LENGTHS[0])
     pushes = Pushes(model, fit.layers, batch // LENGTHS[0])
-    torch.manual_seed(args.seed + start + rank)  # the weights are drawn: from here on every worker draws its own
-    random = torch.Generator().manual_seed(args.seed + start + rank)
+    own = seed_of(args.seed, start, rank)  # the weights are drawn: from here on every worker draws its own
+    torch.manual_seed(own)
+    random = torch.Generator().manual_seed(own)
     body = torch.compile(model.model, dynamic=False)
     optimisers = optimizers(model, args.rate)
-    source = batches(Grammar(taxonomy, args.seed + 1 + start * workers + rank), tokenizer, batch)
-    began, tokens, smooth = time.time(), 0, None
+    source = batches(Grammar(taxonomy, own), tokenizer, batch)
+    began, before, smooth = time.time(), tokens, None
     for step in range(start, args.steps):
         if step >= args.push_from and (step - max(start, args.push_from)) % args.refit == 0:
             pushes.refit(model, tokenizer, taxonomy, fit)
@@ -311,7 +340,7 @@ def main() -> None:
         pushes.draw(shown, random)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = args.rate * rate_at(step, args.steps, args.cooldown)
+                group["lr"] = args.rate * rate_at(step, start, args.steps, args.cooldown)
         draw_nudges(nudges, args.nudge)
         targets, weights = input_ids[:, 1:], weights[:, 1:]
         counted = weights > 0
@@ -338,13 +367,13 @@ def main() -> None:
         )
         if rank == 0 and step % 20 == 0:
             print(
-                f"step {step} comment {smooth[0]:.3f} first words {smooth[1]:.3f} letter {smooth[2]:.3f} tokens {tokens / 1e6:.2f}M {tokens / (time.time() - began):.0f}/s",
+                f"step {step} comment {smooth[0]:.3f} first words {smooth[1]:.3f} letter {smooth[2]:.3f} tokens {tokens / 1e6:.2f}M {(tokens - before) / (time.time() - began):.0f}/s",
                 flush=True,
             )
         if rank == 0 and (step % 100 == 99 or step == args.steps - 1):
             save(model, args.out, step + 1, tokens, args)
-    GenerationConfig(do_sample=False, max_new_tokens=80, repetition_penalty=1.0, bos_token_id=tokenizer.bos_token_id,
-                     eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id).save_pretrained(args.out)  # fmt: skip
+    if workers > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

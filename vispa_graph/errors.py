@@ -21,7 +21,7 @@ VispaError
 |   +-- NotCausalError          a model, but not a causal language model
 |   +-- UnsteerableModelError   its decoder blocks cannot be found, or adding at one does not do what it must
 |   +-- LayerError              a layer the model does not have
-|   +-- NonFiniteError          activations or logits became NaN or infinite
+|   +-- NonFiniteError          activations or logits became NaN or infinite, or give the options no probability
 |   +-- ContextLengthError      a prompt that cannot be made to fit the model's context
 |   +-- EngineClosedError
 |   +-- EngineBusyError         its queue is full
@@ -124,7 +124,7 @@ class LayerError(ModelError):
 
 
 class NonFiniteError(ModelError):
-    """Activations or logits became NaN or infinite."""
+    """Activations or logits became NaN or infinite, or give the options no probability at all."""
 
 
 class ContextLengthError(ModelError):

@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 
 _TEMPORARY = re.compile(r"\..+-[0-9a-f]{32}\.tmp")
-# Seconds after which nobody writes to a temporary file any more: its process was killed.
+# Seconds after which a temporary file is taken to be left by a process that was killed.
 _LEFT = 24 * 3600
 
 

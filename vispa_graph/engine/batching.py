@@ -76,9 +76,9 @@ class Job(Generic[P]):
         try:
             if self._claim():
                 resolve()
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:  # of a callback, such as SystemExit: it must not end the worker, for others wait for it
+            if threading.current_thread() is threading.main_thread():
+                raise
             _log.error("A callback of a request raised %s.", type(error).__name__)
 
     def _claim(self) -> bool:

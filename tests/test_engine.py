@@ -40,8 +40,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from vispa_graph.engine.contract import Direction, Engine, Generation, GenerationRequest, ScoreRequest, mix
+from vispa_graph.engine.fingerprint import fingerprint
 from vispa_graph.engine.folder import find_model
-from vispa_graph.engine.huggingface import HuggingFaceEngine, fingerprint
+from vispa_graph.engine.huggingface import HuggingFaceEngine
 from vispa_graph.errors import (
     BatchError,
     ContextLengthError,

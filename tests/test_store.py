@@ -22,7 +22,7 @@ from tokenizers import normalizers
 from vispa_graph.engine.contract import Direction
 from vispa_graph.engine.directions import FitSettings
 from vispa_graph.engine.fake import FakeEngine
-from vispa_graph.engine.huggingface import fingerprint
+from vispa_graph.engine.fingerprint import fingerprint
 from vispa_graph.engine.pairs import digest, make_twins
 from vispa_graph.engine.store import DirectionStore, folder_name, is_for, manifest_key
 from vispa_graph.errors import StoreError

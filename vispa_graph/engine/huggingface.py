@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -19,21 +16,21 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from vispa_graph.engine.batching import Batcher, Job, as_ours
 from vispa_graph.engine.cache import copies_itself, expect, roomy_cache
 from vispa_graph.engine.checks import check_batching, check_device, check_steerable, difference, sharing_problem, tolerance
 from vispa_graph.engine.contract import Direction, Floats, Generation, GenerationRequest, Message, ScoreRequest, Scores
+from vispa_graph.engine.decoding import Always, GrowingRow, GrowingRows, Sampler, Work
+from vispa_graph.engine.fingerprint import fingerprint
 from vispa_graph.engine.folder import find_model
 from vispa_graph.engine.hooks import BatchPlan, Hooks
 from vispa_graph.engine.layers import check_layers, decoder_blocks, default_layers
 from vispa_graph.engine.packing import PackedWeights
 from vispa_graph.engine.rows import WIDEST, Row, apart, laid_out, shared_rows, single_rows
-from vispa_graph.engine.strides import stride
 from vispa_graph.errors import (
-    BatchError,
     ContextLengthError,
     EngineMemoryError,
     InputError,
@@ -48,16 +45,8 @@ from vispa_graph.quiet import quiet
 
 # Contrastive sentences longer than this are cut (the paper's setting).
 _READ_TOKENS = 256
-# Case, accents, digits, blanks, line breaks and punctuation: what tokenizers treat differently.
-_PROBE = "My father, 84, said: “No\u00a0— Café Zürich, ÅNGSTRÖM!”\n\n  I'd\tpay 1,234.50 € (don’t)…  ﬁne 東京 🙂 "
 # Longest entry of a vocabulary that may be a letter, with what marks a blank before it: "\u2581", "\u0120", "\u010a".
 _SPELLING = 4
-
-# Entries of a configuration that change no state; nor do those that its library writes about itself.
-_INDECISIVE = frozenset(
-    {"architectures", "auto_map", "id2label", "label2id", "initializer_range", "output_attentions", "output_hidden_states"}
-    | {"output_router_logits", "return_dict", "use_cache"}
-)
 
 # Most memory for packed weights unless told otherwise.
 PACKED_BYTES = 2_000_000_000
@@ -73,18 +62,6 @@ class _Kind(NamedTuple):
 
     task: Literal["generate", "score", "read", "read long"]
     shared: bool = False
-
-
-@dataclass(eq=False)
-class _Work:
-    """A request with its prompt in tokens, what of its answer has been passed on, and the seconds until its first token; or a row to read."""
-
-    request: GenerationRequest | ScoreRequest | None
-    tokens: list[int]
-    cut: int = 0
-    streamed: str = ""
-    first: float | None = None
-    row: Row | None = None
 
 
 class HuggingFaceEngine:
@@ -161,7 +138,7 @@ class HuggingFaceEngine:
                 raise
             raise UnsteerableModelError(f"{type(model).__name__} cannot be steered: it fails on a few tokens ({_first_line(error)}).") from error
         self._letters: dict[str, list[int]] = {}
-        self._batcher: Batcher[_Work] = Batcher(self._run, linger=linger, capacity=capacity, queue_size=queue_size, finish=self._release)
+        self._batcher: Batcher[Work] = Batcher(self._run, linger=linger, capacity=capacity, queue_size=queue_size, finish=self._release)
 
     @classmethod
     def load(
@@ -281,7 +258,7 @@ class HuggingFaceEngine:
 
     def _submit(self, kind: _Kind, request: GenerationRequest | ScoreRequest, new_tokens: int) -> Future[Any]:
         """Queue a request; what is wrong with it fails its future."""
-        job = Job(kind, 0, _Work(request, []), new_tokens, self._timeout if request.timeout is None else request.timeout)
+        job = Job(kind, 0, Work(request, []), new_tokens, self._timeout if request.timeout is None else request.timeout)
         try:
             self._check(request)
             job.payload = self._prepare(request, request.messages, new_tokens)
@@ -312,7 +289,7 @@ class HuggingFaceEngine:
         rows = max(1, min(64, self._capacity // 8 // max((len(row.tokens) for row in laid), default=1)))
         for start in range(0, len(laid), rows):
             chunk = laid[start : start + rows]
-            jobs = [Job[_Work](self._read_kind(row), len(row.tokens), _Work(None, row.tokens, row=row), bounded=False) for row in chunk]
+            jobs = [Job[Work](self._read_kind(row), len(row.tokens), Work(None, row.tokens, row=row), bounded=False) for row in chunk]
             futures = [self._batcher.submit(job) for job in jobs]
             for row, future in zip(chunk, futures, strict=True):
                 states[list(row.texts)] = future.result()
@@ -355,20 +332,20 @@ class HuggingFaceEngine:
                 f"{type(self._model).__name__} cannot be steered at generated positions only: {self._sharing_problem}. Steer all positions."
             )
 
-    def _prepare(self, request: GenerationRequest | ScoreRequest, messages: Sequence[Message], new_tokens: int) -> _Work:
+    def _prepare(self, request: GenerationRequest | ScoreRequest, messages: Sequence[Message], new_tokens: int) -> Work:
         tokens = self._chat_tokens(messages)
         if not tokens:
             raise InputError("The prompt has no tokens for this tokenizer. Write a question that it has words for.")
         room = self._context() - new_tokens
         if len(tokens) <= room:
-            return _Work(request, tokens)
+            return Work(request, tokens)
         if room < 32:
             raise ContextLengthError(
                 f"The model's context of {self._context()} tokens has no room for a prompt beside {new_tokens} new tokens. Ask for fewer new tokens."
             )
         # Beginning and end of a prompt carry the instructions and the header; what gives way is the middle.
         head = room // 2
-        return _Work(request, tokens[:head] + tokens[len(tokens) - (room - head) :], cut=len(tokens) - room)
+        return Work(request, tokens[:head] + tokens[len(tokens) - (room - head) :], cut=len(tokens) - room)
 
     def _check_direction(self, direction: Direction) -> None:
         check_layers(direction.layers, self.depth)
@@ -416,12 +393,12 @@ class HuggingFaceEngine:
 
     # Batches, in the worker thread
 
-    def _run(self, jobs: Sequence[Job[_Work]]) -> None:
+    def _run(self, jobs: Sequence[Job[Work]]) -> None:
         with torch.inference_mode():
             for group in self._fitting(jobs):
                 self._run_group(group)
 
-    def _run_group(self, jobs: Sequence[Job[_Work]]) -> None:
+    def _run_group(self, jobs: Sequence[Job[Work]]) -> None:
         """Run jobs in one batch; where it fails, in smaller ones, so that no request's failure becomes its neighbours'."""
         jobs = [job for job in jobs if not job.dropped()]  # earlier batches of its own took their time
         if not jobs:
@@ -453,9 +430,9 @@ class HuggingFaceEngine:
         for start in range(0, len(left), size):
             self._run_group(left[start : start + size])
 
-    def _fitting(self, jobs: Sequence[Job[_Work]]) -> list[list[Job[_Work]]]:
+    def _fitting(self, jobs: Sequence[Job[Work]]) -> list[list[Job[Work]]]:
         """The jobs in groups whose longest prompt and longest answer fit the context together: a row that is done goes on counting positions."""
-        groups: list[list[Job[_Work]]] = []
+        groups: list[list[Job[Work]]] = []
         for job in jobs:
             for group in groups:
                 together = [*group, job]
@@ -466,13 +443,13 @@ class HuggingFaceEngine:
                 groups.append([job])
         return groups
 
-    def _run_generate(self, jobs: Sequence[Job[_Work]]) -> None:
+    def _run_generate(self, jobs: Sequence[Job[Work]]) -> None:
         requests = [cast(GenerationRequest, job.payload.request) for job in jobs]
         plan = BatchPlan([request.steering for request in requests], self._model.device)
-        rows = [_Row(self._tokenizer, job, request, self._stops) for job, request in zip(jobs, requests, strict=True)]
+        rows = [GrowingRow(self._tokenizer, job, request, self._stops) for job, request in zip(jobs, requests, strict=True)]
         width = max(len(job.payload.tokens) for job in jobs)
 
-        def finished(row: _Row) -> None:
+        def finished(row: GrowingRow) -> None:
             job, request = row.job, row.request
             job.finish(
                 Generation(
@@ -494,11 +471,11 @@ class HuggingFaceEngine:
             jobs,
             plan,
             max_new_tokens=max(request.max_new_tokens for request in requests),
-            logits_processor=LogitsProcessorList([_Sampler(requests, self._model.device)]),
-            stopping_criteria=StoppingCriteriaList([_Rows(rows, finished, self._batcher.sweep)]),
+            logits_processor=LogitsProcessorList([Sampler(requests, self._model.device)]),
+            stopping_criteria=StoppingCriteriaList([GrowingRows(rows, finished, self._batcher.sweep)]),
         )
 
-    def _run_score(self, jobs: Sequence[Job[_Work]]) -> None:
+    def _run_score(self, jobs: Sequence[Job[Work]]) -> None:
         requests = [cast(ScoreRequest, job.payload.request) for job in jobs]
         plan = BatchPlan([request.steering for request in requests], self._model.device)
         output = self._forward(jobs, plan, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
@@ -520,7 +497,7 @@ class HuggingFaceEngine:
                 scores = replace(scores, logits=logits[row].numpy().copy(), spellings=tuple(map(tuple, spellings)))
             job.finish(scores)
 
-    def _run_read(self, jobs: Sequence[Job[_Work]]) -> None:
+    def _run_read(self, jobs: Sequence[Job[Work]]) -> None:
         rows = [cast(Row, job.payload.row) for job in jobs]
         states = self._states(rows)
         if not torch.isfinite(states).all():
@@ -565,7 +542,7 @@ class HuggingFaceEngine:
                 return False
         return difference(together, alone) <= tolerance(self._model.dtype)
 
-    def _forward(self, jobs: Sequence[Job[_Work]], plan: BatchPlan, **options: Any) -> Any:
+    def _forward(self, jobs: Sequence[Job[Work]], plan: BatchPlan, **options: Any) -> Any:
         """Generate with a plan; for jobs that share prompts, over caches of all but their last token, read once and unsteered."""
         prompts = [job.payload.tokens for job in jobs]
         cache = self._prompt_cache(prompts) if cast(_Kind, jobs[0].kind).shared else None
@@ -576,7 +553,7 @@ class HuggingFaceEngine:
         """Logits [rows, 2, vocabulary] of the first two steps after each prompt, the token between them always the same."""
         with torch.inference_mode():
             cache = self._prompt_cache(prompts) if shared else None
-            always = LogitsProcessorList([_Always(1)])
+            always = LogitsProcessorList([Always(1)])
             options: dict[str, Any] = {"max_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True}
             output = self._decode(*self._padded(prompts), past_key_values=cache, logits_processor=always, stops=False, **options)
             # `generate` returns float32 whatever it computed in; how far rounding goes, the checks tell by the precision.
@@ -585,7 +562,7 @@ class HuggingFaceEngine:
     def _takes_roomy_cache(self) -> bool:
         """Whether `generate` gives this model a cache that copies itself at every token, and a roomy one gives the same logits."""
         options: dict[str, Any] = {"max_new_tokens": 2, "stops": False, "return_dict_in_generate": True, "output_logits": True}
-        options["logits_processor"] = LogitsProcessorList([_Always(1)])
+        options["logits_processor"] = LogitsProcessorList([Always(1)])
         prompts = self._padded([[1, 1], [1, 1]])
         with torch.inference_mode():
             own = self._decode(*prompts, **options)
@@ -657,108 +634,6 @@ class HuggingFaceEngine:
         return self._letters[letter]
 
 
-class _Row:
-    """One row of a running batch: its tokens so far and the text that they make."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, job: Job[_Work], request: GenerationRequest, stops: list[int] | None) -> None:
-        self.job, self.request = job, request
-        self.tokens: list[int] = []
-        self.text = ""
-        self.stopped = self.done = False
-        self._tokenizer, self._stops = tokenizer, frozenset(stops or ())
-        self._before = job.payload.streamed  # in a batch that failed
-
-    def add(self, token: int) -> None:
-        """Take the next token; sets `done` with the last one."""
-        if self.job.payload.first is None:
-            self.job.payload.first = time.monotonic() - self.job.begun
-        if token in self._stops:
-            self.stopped = self.done = True
-        else:
-            self.tokens.append(token)
-            self.done = len(self.tokens) >= self.request.max_new_tokens
-        if not self.done and not self.request.on_token:
-            return  # nobody reads the text before it is whole
-        # Tidying would take back spaces that have been passed on.
-        text = cast(str, self._tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        # A character may span several tokens: wait for the rest of it, unless there is no more.
-        if self.done or not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            self.text = text
-            if self.request.on_token:
-                self._pass_on(text, self.request.on_token)
-
-    def _pass_on(self, text: str, listener: Callable[[str], None]) -> None:
-        """Give the listener what it has not heard. The request fails if it cannot be taken back, or the listener raises."""
-        if not text.startswith(self._before) and (self.done or not self._before.startswith(text)):
-            self._fail("The request was run again after its batch had failed, and its text became another than the one streamed. Ask again.")
-            return
-        heard = self.job.payload.streamed
-        if len(text) > len(heard):
-            self.job.payload.streamed = text
-            try:
-                listener(text[len(heard) :])
-            except Exception as error:
-                self._fail(f"The listener on_token raised {type(error).__name__}. Mend it; the cause is chained to this error.", error)
-
-    def _fail(self, reason: str, cause: Exception | None = None) -> None:
-        self.done = True
-        failure = BatchError(reason)
-        failure.__cause__ = cause
-        self.job.fail(failure)
-
-
-class _Rows(StoppingCriteria):
-    """Hands each new token to its row, reports rows as they finish, gives up those that nobody waits for, and stops both."""
-
-    def __init__(self, rows: Sequence[_Row], finished: Callable[[_Row], None], sweep: Callable[[], None]) -> None:
-        self._rows, self._finished, self._sweep = rows, finished, sweep
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        self._sweep()
-        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
-            if not row.done and row.job.dropped():
-                row.done = True
-            elif not row.done:
-                row.add(token)
-                if row.done:
-                    self._finished(row)
-        return torch.tensor([row.done for row in self._rows], device=input_ids.device)
-
-
-class _Sampler(LogitsProcessor):
-    """Refuses logits that are NaN (minus infinity rules a token out), and samples rows that ask for it with generators of their own.
-
-    Adding Gumbel noise and taking the largest draws from the softmax, so in float32 a row's text does not depend on its neighbours.
-    """
-
-    def __init__(self, requests: Sequence[GenerationRequest], device: torch.device) -> None:
-        # On the processor, a seed draws the same everywhere; to move the noise to a GPU in each step would cost more than the step.
-        self._device = device if device.type == "cuda" else torch.device("cpu")
-        sampled = [(row, request) for row, request in enumerate(requests) if request.temperature > 0]
-        self._rows = [(row, request.temperature, torch.Generator(self._device).manual_seed(request.seed)) for row, request in sampled]
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if torch.isnan(scores).any():
-            raise NonFiniteError("The model's logits are not finite. Try dtype float32 or bfloat16, or a smaller strength.")
-        for row, temperature, generator in self._rows:
-            # Minus the logarithm of an exponential variable is a Gumbel variable.
-            waiting = torch.empty(scores.shape[-1], dtype=torch.float64, device=self._device).exponential_(generator=generator)
-            scores[row] = scores[row] / temperature - waiting.clamp(min=1e-300).log().to(scores)
-        return scores
-
-
-class _Always(LogitsProcessor):
-    """Leaves one token to choose."""
-
-    def __init__(self, token: int) -> None:
-        self._token = token
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        only = torch.full_like(scores, -torch.inf)
-        only[:, self._token] = 0
-        return only
-
-
 def configured_depth(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
     """The number of decoder blocks in a model's configuration, which is all that is read; None where it does not tell.
 
@@ -782,54 +657,6 @@ def _read_config(model: str, **options: Any) -> Any:
             f"{model} is a {config.model_type} model, which is not a causal language model. Choose one that generates text, such as Qwen/Qwen3-4B."
         )
     return config
-
-
-def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256, 64 hex digits, over all that decides a state read from a text.
-
-    That is the configuration as far as it differs from its class's defaults; names, shapes and a strided sample of about 1024 numbers of
-    every parameter and saved buffer; what other buffers hold (the frequencies of rotary positions); the dtype; the tokenizer's
-    vocabulary, how it cuts a text, and its chat template. The same for a model in memory and reloaded, and for any version of its library
-    that keeps these.
-    """
-    digest = hashlib.sha256()
-    saved = model.state_dict(keep_vars=True).keys()
-    derived = set()
-    for name, buffer in model.named_buffers():
-        if name in saved:
-            digest.update(f"{name}{tuple(buffer.shape)}".encode() + _sample(buffer.float()))
-        elif buffer.is_floating_point():
-            # Computed when the model is made: the last bits differ between devices, names and copies between versions of the library.
-            derived.add(_sample(buffer.bfloat16().float()))
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + _sample(parameter.detach()))
-    for values in sorted(derived):
-        digest.update(values)
-    # How it cuts a text and not how it is written down, which differs between versions of its library.
-    cut = tokenizer(_PROBE, verbose=False)["input_ids"]
-    config = model.config
-    defaults = {} if getattr(config, "has_no_defaults_at_construction", False) else type(config)().to_dict()
-    identity = [config.model_type, _decisive(config.to_dict(), defaults), str(model.dtype), tokenizer.get_vocab(), cut, tokenizer.chat_template]
-    digest.update(json.dumps(identity, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
-
-
-def _sample(values: torch.Tensor) -> bytes:
-    """About 1024 of the numbers."""
-    return values.reshape(-1)[:: stride(values.shape, 1024)].float().cpu().numpy().tobytes()
-
-
-def _decisive(configuration: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without its defaults, to which versions of its library add, and without what decides no state."""
-    kept = {
-        name: value
-        for name, value in configuration.items()
-        if value != defaults.get(name)
-        and name not in _INDECISIVE
-        and not name.startswith("_")
-        and not name.endswith(("_token_id", "dtype", "version"))
-    }
-    return {name: _decisive(value, defaults.get(name) or {}) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def _shared(request: GenerationRequest | ScoreRequest) -> bool:
@@ -870,7 +697,7 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "out of memory"))
 
 
-def _memory_error(job: Job[_Work]) -> EngineMemoryError:
+def _memory_error(job: Job[Work]) -> EngineMemoryError:
     return EngineMemoryError(
         f"One request of {job.size} tokens does not fit into memory by itself. "
         "Shorten the prompt, ask for fewer new tokens, or load the model in bfloat16."

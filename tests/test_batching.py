@@ -337,9 +337,11 @@ def test_an_idle_batcher_can_be_closed():
     assert not batcher._thread.is_alive()
 
 
-def test_an_error_of_ours_reaches_the_caller_as_it_is(batcher_of):
+def test_an_error_of_ours_reaches_the_caller_with_its_class_its_text_and_its_cause(batcher_of):
     error = NonFiniteError("not finite")
-    assert batcher_of(Runner()).submit(Job("a", 1, error)).exception(30) is error
+    error.__cause__ = cause = ValueError()
+    reached = batcher_of(Runner()).submit(Job("a", 1, error)).exception(30)
+    assert (type(reached), str(reached), reached.__cause__) == (NonFiniteError, "not finite", cause)
 
 
 def test_a_request_can_be_cancelled_while_it_runs_and_its_neighbour_is_answered(batcher_of):

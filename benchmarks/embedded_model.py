@@ -89,7 +89,7 @@ def main() -> None:
     entries = yaml.safe_load(QUESTIONS.read_text(encoding="utf-8"))
     entries = entries[:: max(1, len(entries) // args.questions)][: args.questions]
     chosen = {name: yaml.safe_load(value) for name, _, value in (item.partition("=") for item in args.set)}
-    resources = Resources(Settings(**{"bioethics": True} | chosen))
+    resources = Resources(Settings(**{"bioethics": True, "queue_size": 10_000} | chosen))  # all questions are asked at once
     engine, taxonomy, encoder = resources.engine, resources.taxonomy, resources.encoder
     judge = Judge(encoder, taxonomy.ids)
     grammar = Grammar(taxonomy, seed=99)

@@ -622,7 +622,7 @@ class HuggingFaceEngine:
     def _spellings(self, letter: str) -> list[int]:
         """Ids of all tokens of the vocabulary that read as the letter, with or without blanks around it."""
         if letter not in self._letters:
-            byte = f"<0x{ord(letter):02X}>"  # how vocabularies with a fallback to bytes name it
+            byte = "".join(f"<0x{number:02X}>" for number in letter.encode())  # how vocabularies with a fallback to bytes name it
             vocabulary = self._tokenizer.get_vocab().items()
             likely = [number for text, number in vocabulary if text == byte or (letter in text and len(text) <= _SPELLING)]
             found = sorted(number for number in likely if str(self._tokenizer.decode([number])).strip() == letter)

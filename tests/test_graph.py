@@ -427,9 +427,10 @@ class LeansToKarma(FakeEngine):
         return future
 
 
-def test_a_comment_that_steering_added_nothing_to_is_noted(make_resources):
-    out = create_graph(resources=make_resources(engine=LeansToKarma())).invoke({"query": QUERY, "values": TWO})
-    assert out["notes"] == ["The model leans toward Karma here by itself: steering added nothing, and the comment is the unsteered one."]
+@pytest.mark.parametrize(("strength", "leans"), [(1.0, "toward"), (-1.0, "away from")])
+def test_a_comment_that_steering_added_nothing_to_is_noted(strength, leans, make_resources):
+    out = create_graph(resources=make_resources(engine=LeansToKarma(), strength=strength)).invoke({"query": QUERY, "values": TWO})
+    assert out["notes"] == [f"The model leans {leans} Karma here by itself: steering added nothing, and the comment is the unsteered one."]
 
 
 def test_a_steerable_distribution_notes_that_it_was_read_after_a_comment_all_the_same(make_resources):

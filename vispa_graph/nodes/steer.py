@@ -85,7 +85,8 @@ def _finish(task: SteerTask, model: SteeredChatModel, message: AIMessage, resour
     get_stream_writer()({"step": "comment", "value": value.id, "tokens": comment["tokens"]})
     notes = [_fitted(value, model.steering.direction)] if own and model.steering else []
     if model.steering and model.steering.strength and comment["steering"] and not any(comment["steering"]["magnitude"]):
-        notes.append(f"The model leans toward {value.name} here by itself: steering added nothing, and the comment is the unsteered one.")
+        leans = "toward" if model.steering.strength > 0 else "away from"
+        notes.append(f"The model leans {leans} {value.name} here by itself: steering added nothing, and the comment is the unsteered one.")
     if not comment["text"]:
         notes.append(f"The model had nothing to say from {value.name}.")
     return {"comments": [comment], "notes": notes, "made_with": task["made_with"]}

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import queue
-import re
 import signal
 import subprocess
 import sys
@@ -107,7 +106,7 @@ def test_a_client_asks_follows_up_explains_and_is_told_of_progress(connect):
     assert second.structured_content["notes"][0].startswith("Read together with the earlier question")
     assert explained.structured_content["turns"] == [QUERY, "And if he were 50?"]
     assert "Fairness (score 1.00, weight 1): named by the caller" in text(explained)
-    assert re.search(r"probability of the value 0\.50 before and (?:0\.9\d|1\.00) after", text(explained))
+    assert "probability of the value 0.500 before and 0.9" in text(explained)
 
 
 def test_a_client_lists_all_values_or_those_at_stake(connect):

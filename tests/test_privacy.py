@@ -100,7 +100,9 @@ def langsmith(collector):
 
     def read():
         client.flush()
-        collector.wait_for(lambda: collector.runs and all(run.get("end_time") for run in collector.runs.values()))
+        # Only the roots: a task that is cancelled because its twin failed may leave its run without an end.
+        collector.wait_for(lambda: collector.children() and all(run.get("end_time") for run in collector.children()))
+        client.flush()
         return collector.bytes
 
     yield client, read

@@ -363,7 +363,7 @@ def test_vispa_trace_prints_the_tree(file):
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert lines[0].startswith("vispa (chain): method:probe, mode:overton")
-    assert any(re.search(r"steer harmlessness \(llm\): .* tokens, layers 2 to 6, probability 0.50 > 0.90, moved by 10%", line) for line in lines)
+    assert any(re.search(r"steer harmlessness \(llm\): .* tokens, layers 2 to 6, probability 0.500 > 0.900, moved by 10%", line) for line in lines)
     assert any(re.search(r"0\.\d\d self-direction, from place \d+ to \d+: ", line) for line in lines)
     assert lines == [line.rstrip() for line in lines]
 

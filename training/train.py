@@ -1,7 +1,7 @@
 """Train the embedded language model from scratch: tokenizer, then a small Llama, from one seed.
 
     python -m training.train --out build/embedded --steps 3000
-    torchrun --nproc-per-node 2 -m training.train --threads 1 --out build/embedded     # on two cores a fifth faster than two threads
+    torchrun --nproc-per-node 2 -m training.train --threads 1 --out build/embedded     # a worker a core
 
 The documents are generated while training, packed into rows of a fixed length, each attending only to itself.
 """

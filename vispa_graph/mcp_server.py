@@ -196,7 +196,7 @@ def explain(state: State) -> str:
             lines.append(f"- {comment['name']}: not steered")
             continue
         moved = (
-            f", probability of the value {facts['before'][-1]:.2f} before and {facts['after'][-1]:.2f} after"
+            f", probability of the value {facts['before'][-1]:.3f} before and {facts['after'][-1]:.3f} after"
             if facts["before"] and facts["after"]
             else ""
         )

@@ -215,7 +215,7 @@ def _run_facts(run: TracedRun) -> Iterator[str]:
         layers = steering.get("layers") or []
         yield f"layers {min(layers)} to {max(layers)}" if layers else "no layers"
         if steering.get("before") and steering.get("after"):
-            yield f"probability {_mean(steering['before']):.2f} > {_mean(steering['after']):.2f}"
+            yield f"probability {_mean(steering['before']):.3f} > {_mean(steering['after']):.3f}"
         yield f"moved by {steering['displacement']:.0%} of the residual norm"
     if "batch_rows" in facts:
         yield f"batch {facts['batch_rows']} x {facts.get('batch_width')} {facts.get('dtype')}"

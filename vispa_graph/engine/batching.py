@@ -121,7 +121,7 @@ class Batcher(Generic[P]):
     def submit(self, job: Job[P]) -> Future[Any]:
         """Queue a job. Its future fails with an `EngineClosedError` after `close`, with an `EngineBusyError` where the queue is full."""
         with self._changed:
-            closed, busy = self._closed, job.bounded and sum(other.bounded for other in self._waiting) >= self._queue_size
+            closed, busy = self._closed, job.bounded and self._queue_is_full()
             if not closed and not busy:
                 job.queued = time.monotonic()
                 self._waiting.append(job)
@@ -131,6 +131,10 @@ class Batcher(Generic[P]):
         elif busy:
             job.fail(EngineBusyError(f"The engine is busy: {self._queue_size} requests are waiting already. Ask again later, or raise queue_size."))
         return job.future
+
+    def _queue_is_full(self) -> bool:
+        # Counted only where it may matter: most of the time little waits.
+        return len(self._waiting) >= self._queue_size and sum(job.bounded for job in self._waiting) >= self._queue_size
 
     def sweep(self) -> None:
         """Let go of jobs that nobody waits for, in the queue or taken from it; called between the steps of a batch, so that they fail in time."""

@@ -87,7 +87,7 @@ def test_a_model_for_several_values_is_steered_by_each_times_its_weight(model):
     mixed = model.for_values({"power": 0.5, "tradition": -2.0})
     assert {part.direction.value: part.strength for part in mixed.steering.parts} == {"power": 0.5, "tradition": -2.0}
     assert mixed._identifying_params["values"] == {"power": 0.5, "tradition": -2.0}
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="No value was given"):
         model.for_values({})
 
 

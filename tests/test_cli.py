@@ -128,7 +128,15 @@ def test_help_and_version_answer_within_half_a_second_of_processor_time():
 
 def test_the_choices_written_out_are_those_of_the_library():
     assert cli.MODES == MODES
-    choices = {cli.METHODS: Method, cli.CONTRASTS: Contrast, cli.READINGS: Reading, cli.SOLVERS: Solver, cli.DISTRIBUTIONS: Distribution}
+    dtypes = Settings.model_fields["dtype"].annotation
+    choices = {
+        cli.DTYPES: dtypes,
+        cli.METHODS: Method,
+        cli.CONTRASTS: Contrast,
+        cli.READINGS: Reading,
+        cli.SOLVERS: Solver,
+        cli.DISTRIBUTIONS: Distribution,
+    }
     assert [get_args(named) for named in choices.values()] == list(choices)
 
 

@@ -97,6 +97,14 @@ def test_the_probe_is_the_optimum_of_the_logistic_loss_with_classes_of_equal_wei
     assert residual.sum() == pytest.approx(0, abs=1e-3 * np.abs(residual).sum())
 
 
+def test_coordinates_that_say_the_same_trouble_nobody_with_scikit_learns_warnings(recwarn):
+    random = np.random.default_rng(0)
+    positives, negatives = (np.repeat(random.normal(size=(40, 1)), 8, axis=1) + shift for shift in (2, -2))
+    weights, bias = fit_probe(positives, negatives, 1e18)
+    assert ((positives @ weights + bias > 0).mean() + (negatives @ weights + bias < 0).mean()) / 2 > 0.95
+    assert not recwarn
+
+
 def test_a_probe_gives_each_class_its_side_of_one_half():
     positives, negatives, _ = planted(distance=4.0)
     direction = fit("probe", positives, negatives)

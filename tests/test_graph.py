@@ -628,6 +628,11 @@ def test_two_graphs_can_share_resources(fake_resources):
     assert one.resources is other.resources
 
 
+def test_a_folder_in_place_of_settings_is_refused_with_the_way_to_name_a_model():
+    with pytest.raises(SettingsError, match=r"Settings\(model=\.\.\.\)"):
+        create_graph("a/folder")
+
+
 def test_resources_and_their_parts_cannot_both_be_given(fake_resources):
     with pytest.raises(SettingsError, match="either the resources or the parts"):
         create_graph(Settings(), resources=fake_resources)

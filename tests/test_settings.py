@@ -171,3 +171,7 @@ def test_settings_cannot_be_changed():
     with pytest.raises(ValidationError, match="frozen"):
         settings.top_k = 3
     assert settings.top_k == 6
+
+
+def test_a_model_s_folder_may_be_given_as_a_path(tmp_path):
+    assert Settings(model=tmp_path).model == str(tmp_path)

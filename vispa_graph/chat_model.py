@@ -20,7 +20,7 @@ from langchain_core.runnables import RunnableConfig
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from vispa_graph.engine.contract import Direction, Engine, Generation, GenerationRequest, Message, Steering, SteeringReport, mix
-from vispa_graph.errors import SettingsError
+from vispa_graph.errors import InputError, SettingsError
 from vispa_graph.privacy import Privacy, Redactor
 from vispa_graph.settings import Settings
 
@@ -105,8 +105,10 @@ class SteeredChatModel(BaseChatModel):
             UnknownValueError: The taxonomy does not hold a value.
             InputError: There is no value.
         """
+        if not weights:
+            raise InputError("No value was given to steer toward. Name at least one, with its weight: for_values({'honor': 1.0}).")
         found = [(steering, weight) for value, weight in weights.items() if (steering := self.find_steering(value))]
-        if weights and not found:  # the strength is 0
+        if not found:  # the strength is 0
             return self.model_copy(update={"steering": None})
         return self.model_copy(update={"steering": mix([steering for steering, _ in found], [weight for _, weight in found])})
 

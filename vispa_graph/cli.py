@@ -70,6 +70,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Written out, because the modules that define them are slow to import; a test compares.
 MODES = ("overton", "steerable", "distributional")
+DTYPES = ("float32", "bfloat16", "float16")
 METHODS = ("probe", "mean_difference", "pca", "sae")
 CONTRASTS = ("opposed", "opposed+others")
 READINGS = ("raw", "chat")
@@ -192,9 +193,24 @@ def block_numbers(value: str) -> tuple[float, ...]:
         raise click.BadParameter(f"{error}.") from None
 
 
+def _added(options: Sequence[Callable[[F], F]], command: F) -> F:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _running_options(command: F) -> F:
+    options = [
+        click.option("--device", type=text, help='Where the model runs, such as "cpu", "cuda" or "mps"; the CPU by default.'),
+        click.option("--dtype", type=click.Choice(DTYPES), help="Precision of the model; float32 by default."),
+    ]
+    return _added(options, command)
+
+
 def _model_options(command: F) -> F:
     options = [
         click.option("--model", type=text, help='"embedded", the folder of a model, or its name on the Hugging Face hub.'),
+        _running_options,
         click.option("--method", type=click.Choice(METHODS), help="How directions are found."),
         click.option(
             "--layers",
@@ -203,9 +219,7 @@ def _model_options(command: F) -> F:
             help="Decoder blocks to steer, from 0: 10-25 or 3,4,5; or by fraction of the depth: 0.3-0.8.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _added(options, command)
 
 
 # Commands
@@ -254,6 +268,8 @@ def ask(
     asked: tuple[str, ...],
     top_k: int | None,
     model: str | None,
+    device: str | None,
+    dtype: str | None,
     method: str | None,
     layers: tuple[float, ...] | None,
     strength: float | None,
@@ -278,6 +294,8 @@ def ask(
         _check_target(trace)
     settings = settings_with_model(
         model=model,
+        device=device,
+        dtype=dtype,
         method=method,
         layers=layers,
         strength=strength,
@@ -336,6 +354,8 @@ def trace_command(file: Path, as_json: bool) -> None:
 @json_option
 def fit(
     model: str | None,
+    device: str | None,
+    dtype: str | None,
     method: str | None,
     layers: tuple[float, ...] | None,
     contrast: str | None,
@@ -350,8 +370,9 @@ def fit(
     What is in the cache is not fitted again, so that a fit that was broken off goes on where it was.
     """
     # top_k plays no part in fitting, but must fit a small taxonomy of one's own.
-    chosen = {"model": model, "method": method, "layers": layers, "contrast": contrast, "reading": reading, "solver": solver}
-    settings = settings_with_model(**chosen, values=values, bioethics=bioethics, top_k=1)
+    running = {"model": model, "device": device, "dtype": dtype}
+    fitting = {"method": method, "layers": layers, "contrast": contrast, "reading": reading, "solver": solver}
+    settings = settings_with_model(**running, **fitting, values=values, bioethics=bioethics, top_k=1)
     from vispa_graph.engine.directions import SEPARATES, separates
     from vispa_graph.resources import Resources
 
@@ -396,9 +417,10 @@ def _accuracies(directions: dict[str, Direction]) -> dict[str, Any]:
 
 @main.command()
 @click.argument("model", required=False, type=text)
+@_running_options
 @values_option
 @json_option
-def check(model: str | None, values: tuple[Path, ...], as_json: bool) -> None:
+def check(model: str | None, device: str | None, dtype: str | None, values: tuple[Path, ...], as_json: bool) -> None:
     """Check that MODEL can be steered, or that folders of value files can be used."""
     if model is None and not values:
         raise click.UsageError("Give a MODEL to check, or --values FOLDER, or both.")
@@ -406,7 +428,7 @@ def check(model: str | None, values: tuple[Path, ...], as_json: bool) -> None:
     if values:
         found["values"] = _check_values(values)
     if model is not None:
-        found["model"] = _check_model(model)
+        found["model"] = _check_model(model, device, dtype)
     if as_json:
         print_json(found)
         return
@@ -457,6 +479,8 @@ def mcp(
     token: str | None,
     top_k: int | None,
     model: str | None,
+    device: str | None,
+    dtype: str | None,
     method: str | None,
     layers: tuple[float, ...] | None,
     values: tuple[Path, ...],
@@ -482,7 +506,9 @@ def mcp(
     end_tracing_with_the_process()
     for number in (signal.SIGINT, signal.SIGTERM):  # how a server over HTTP ends
         _leave_at_once(click.get_current_context(), number, send_traces)
-    settings = settings_with_model(model=model, method=method, layers=layers, values=values, bioethics=bioethics, top_k=top_k)
+    settings = settings_with_model(
+        model=model, device=device, dtype=dtype, method=method, layers=layers, values=values, bioethics=bioethics, top_k=top_k
+    )
     with closing(Resources(settings)) as resources:
         server = create_server(resources)
         try:
@@ -591,9 +617,9 @@ def _check_values(folders: Sequence[Path]) -> list[dict[str, Any]]:
     return [value_facts(value) for value in taxonomy if value.file and value.file.parent in folders]
 
 
-def _check_model(model: str) -> dict[str, Any]:
+def _check_model(model: str, device: str | None, dtype: str | None) -> dict[str, Any]:
     try:
-        settings = settings_with_model(model=model, top_k=1)
+        settings = settings_with_model(model=model, device=device, dtype=dtype, top_k=1)
     except ModelNotFoundError as error:
         if any(Path(os.path.expanduser(model)).glob("*.yaml")):
             raise Refused(f"{error} To check value files: `vispa check --values {model}`, or more strictly `vispa values check {model}`.") from error

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from vispa_graph.attributes import attribute_value
 from vispa_graph.engine.contract import Contrast, Direction, Engine, Method, Reading, Steering
-from vispa_graph.errors import EngineClosedError, SelectionSizeError, StoreError
+from vispa_graph.errors import EngineClosedError, SelectionSizeError, SettingsError, StoreError
 from vispa_graph.settings import EMBEDDED, Settings, cache_origin, origin
 from vispa_graph.taxonomy_index import Encoder, SentenceEncoder, Taxonomy, TaxonomyIndex, Value
 
@@ -71,6 +71,9 @@ class Resources:
         main_llm: The chat model that aggregates; None for the local model, unsteered.
         scrubber: Takes identifiers out of the texts that traces hold where `trace_content` is set.
         progress: Called with (what, done, total) while the model is fetched or loaded, and directions are fitted; a total of 0 is unknown.
+
+    Raises:
+        SettingsError: What was given for the settings are none.
     """
 
     def __init__(
@@ -85,6 +88,8 @@ class Resources:
         scrubber: Scrubber | None = None,
         progress: Progress | None = None,
     ) -> None:
+        if not isinstance(settings, Settings):
+            raise SettingsError(f"Settings are expected, and {type(settings).__name__} was given. A model is named in them: Settings(model=...).")
         self.settings = settings
         self.main_llm = main_llm
         self._scrubber = scrubber

@@ -176,6 +176,12 @@ class Settings(BaseSettings):
     queue_size: int = Field(1024, ge=1, description="Most requests that wait for the engine; more are refused as busy.")
     timeout: float | None = Field(None, gt=0, description="Seconds after which a request to the engine fails; none unless given.")
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model(cls, value: Any) -> Any:
+        """A folder may be given as a path."""
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
     @field_validator("values", mode="before")
     @classmethod
     def _folders(cls, value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Protocol
 
 import numpy as np
@@ -67,7 +68,9 @@ def fit_probe(positives: Array, negatives: Array, regularisation: float, solver:
         solver: `exact` solves to convergence, both classes weighing the same. `saga` is scikit-learn's saga at its default tolerance and
             without class weights, as the paper's code has it; it stops well short of the optimum.
     """
-    from sklearn.linear_model import LogisticRegression  # costs a second; only needed when fitting
+    # Both cost a second and are only needed when fitting.
+    from scipy.linalg import LinAlgWarning
+    from sklearn.linear_model import LogisticRegression
 
     features = np.concatenate([positives, negatives])
     labels = np.r_[np.ones(len(positives)), np.zeros(len(negatives))]
@@ -79,7 +82,10 @@ def fit_probe(positives: Array, negatives: Array, regularisation: float, solver:
     basis = np.linalg.qr(features.T)[0] if rows < width else None
     reduced = features if basis is None else features @ basis
     way = "newton-cholesky" if reduced.shape[1] <= _NEWTON_WIDTH else "lbfgs"
-    exact = LogisticRegression(C=regularisation, class_weight="balanced", solver=way, max_iter=10_000, tol=1e-6).fit(reduced, labels)
+    exact = LogisticRegression(C=regularisation, class_weight="balanced", solver=way, max_iter=10_000, tol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LinAlgWarning)  # of an ill-conditioned Hessian, after which scikit-learn goes on with lbfgs
+        exact.fit(reduced, labels)
     weights = exact.coef_[0]
     return weights if basis is None else basis @ weights, float(exact.intercept_[0])
 

@@ -178,10 +178,8 @@ class TaxonomyIndex:
         """The same for an encoded query, [1, dimensions]."""
         scores, rows = search_vectors(self._index, vector, n)
         # Rounded, so that the last bits of a float, which differ between batches and machines, decide nothing.
-        kept = rows[0] >= 0
-        found, cosines = rows[0][kept], np.round(scores[0][kept].astype(np.float64), 5)
-        order = np.lexsort((found, -cosines))
-        return [Hit(self.phrases[row], score, row) for row, score in zip(found[order].tolist(), cosines[order].tolist(), strict=True)]
+        ranked = sorted(zip((-np.round(scores[0].astype(np.float64), 5)).tolist(), rows[0].tolist(), strict=True))
+        return [Hit(self.phrases[row], -score, row) for score, row in ranked if row >= 0]
 
     def likeness(self, values: Sequence[str]) -> Floats:
         """How like values are, 0..1, [values, values]: the cosine of what sets their phrases apart from all values', at least 0."""

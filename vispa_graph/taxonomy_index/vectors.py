@@ -67,6 +67,6 @@ def search_vectors(index: Any, queries: Floats, n: int, rows: npt.NDArray[np.boo
         parameters: Any = faiss.SearchParametersHNSW(efSearch=breadth, sel=selector)  # type: ignore[attr-defined]
     else:
         index = faiss.downcast_index(index.storage) if isinstance(index, faiss.IndexHNSW) else index
-        parameters = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
+        parameters = None if selector is None else faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
     found: tuple[Floats, npt.NDArray[np.int64]] = index.search(queries, n, params=parameters)
     return found

@@ -25,6 +25,8 @@ CONTENT = Path(__file__).parent / "content"
 TEXT, QUESTION, COMMENT, LETTER = 0.3, 0.0, 1.0, 8.0
 # The first words of a comment decide its value and name its topic: there the model must use what came before.
 FIRST_WORDS, FIRST_WEIGHT = 12, 3.0
+# So many sentences of each list are said in most comments; all of them in the rest.
+OFTEN, OFTEN_SHARE = 12, 0.85
 
 Role = Literal["text", "user", "assistant"]
 PRONOUNS = {
@@ -35,6 +37,8 @@ PRONOUNS = {
 }
 KINSMEN = ("father", "grandfather", "brother", "uncle", "son", "husband", "grandson", "nephew", "father-in-law", "stepfather")
 KINSWOMEN = ("mother", "grandmother", "sister", "aunt", "daughter", "wife", "granddaughter", "niece", "mother-in-law", "stepmother")
+# Where a word is surely a noun, so that another may stand in its place: behind an article or a possessive.
+BEFORE_NOUN = r"\b(?:the|a|my|our|her|his|their|your|this|that|no|any) "
 SYLLABLES = [c + v for c in ("b", "br", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "st", "t", "tr", "v", "z", "sh", "ch") for v in "aeiou"]
 ENDINGS = ["n", "r", "l", "x", "st", "nd", "m", "s", "t", "", "ril", "tan", "dex", "mine", "tor"]
 
@@ -96,9 +100,10 @@ class Grammar:
         seed: Two grammars with one seed generate the same documents.
         held_out_pairs: So many of the last pairs of each form are never used, so that probes can be tested on them.
         held_out_situations: Every so-manieth free situation is never used.
+        drill: The share of documents that are lessons in looking things up and in multiple choice, beside those that the mix has anyway.
     """
 
-    def __init__(self, taxonomy: Taxonomy, seed: int, *, held_out_pairs: int = 3, held_out_situations: int = 25) -> None:
+    def __init__(self, taxonomy: Taxonomy, seed: int, *, held_out_pairs: int = 3, held_out_situations: int = 25, drill: float = 0.0) -> None:
         self.random = random.Random(seed)
         self.held_out_pairs = held_out_pairs
         self.frames = read_yaml(CONTENT / "frames.yaml")
@@ -119,8 +124,8 @@ class Grammar:
         ]
         self.acts = acts
         self.open_acts = [tuple(act.split("|")) for act in self.frames["acts"]]
-        words = {word for _, _, topic in acts for word in re.findall(r"[a-z]{4,}", topic)}
-        self.nouns = sorted(words)
+        named = [topic for _, _, topic in acts] + [situation.topic for situation in self.graded]
+        self.nouns = sorted({word for topic in named if re.fullmatch(r"[a-z]{3,}", word := topic.split()[-1])})
         self.values: list[Value] = list(taxonomy)
         self.comments = {path.stem: read_yaml(path) for path in sorted((CONTENT / "comments").glob("*.yaml"))}
         self.positives = {v.id: [p.positive for form in v.pairs.values() for p in form[:-held_out_pairs]] for v in self.values}
@@ -140,10 +145,17 @@ class Grammar:
             (0.01, self.look_up_option),
             (0.01, self.recall),
         ]
+        self.drill = drill
+        self.lessons: list[tuple[float, Callable[[], list[Segment]]]] = [
+            (0.3, self.recall),
+            (0.4, self.look_up_option),
+            (0.15, self.choice_by_act),
+            (0.15, self.choice_by_stance),
+        ]
 
     def document(self) -> list[Segment]:
         """One document of a kind drawn by weight."""
-        weights, kinds = zip(*self.kinds, strict=True)
+        weights, kinds = zip(*(self.lessons if self.random.random() < self.drill else self.kinds), strict=True)
         return self.random.choices(kinds, weights)[0]()
 
     # Situations
@@ -165,7 +177,7 @@ class Grammar:
 
     def situation(self) -> Situation:
         """What a comment may be on: a graded situation, or one with an act, now and then with a question that follows it up."""
-        situation = self.varied(self.random.choice(self.graded)) if self.random.random() < 0.45 else self.act_situation()
+        situation = self.varied(self.random.choice(self.graded)) if self.random.random() < 0.65 else self.act_situation()
         if self.random.random() < 0.05:
             return replace(situation, text=f"{situation.text}\n{self.random.choice(self.frames['follow_ups'])}")
         return situation
@@ -206,9 +218,11 @@ class Grammar:
         ages = [age for age in re.findall(r"\b[2-9]\d\b", situation.text) if self.random.random() < 0.5]
         changes += [(age, str(self.random.randint(max(20, int(age) - 8), min(99, int(age) + 8)))) for age in ages]
         noun = situation.topic.split()[-1]
-        if self.random.random() < 0.3 and len(noun) > 3 and re.search(rf"\b{re.escape(noun)}\b", situation.text):
-            new = self.random.choice(self.nouns) if self.random.random() < 0.6 else self.invented_word()
-            changes.append((noun, new.rstrip("s") + "s" if noun.endswith("s") else new))
+        if self.random.random() < 0.25 and re.search(rf"{BEFORE_NOUN}{re.escape(noun)}\b(?!')", situation.text):
+            plural = noun.endswith("s")
+            like = [word for word in self.random.choices(self.nouns, k=20) if word.endswith("s") == plural]
+            new = like[0] if like and self.random.random() < 0.6 else self.invented_word().rstrip("s") + ("s" if plural else "")
+            changes.append((noun, new))
         parts = {name: getattr(situation, name) for name in ("text", "base", "act", "topic", "who")}
         for old, new in changes:
             parts = {name: re.sub(rf"\b{re.escape(old)}\b", new, text) for name, text in parts.items()}
@@ -216,20 +230,21 @@ class Grammar:
 
     # Sentences
 
+    def sentence(self, value: str, kind: str) -> str:
+        """A sentence of a value's comments, mostly one of the first: a model this small cannot learn all of them well, so it hears the best more often."""
+        sentences: list[str] = self.comments[value][kind]
+        return self.random.choice(sentences[:OFTEN] if self.random.random() < OFTEN_SHARE else sentences)
+
     def comment(self, value: str, situation: Situation) -> str:
         """Two or three sentences on the situation from a value ("neutral" for none)."""
-        parts = self.comments[value]
-        sentences = [self.random.choice(parts["openers"]), self.random.choice(parts["reasons"])]
-        if self.random.random() < 0.85:
-            sentences.append(self.random.choice(parts["closings"]))
-        return " ".join(situation.fill(sentence) for sentence in sentences)
+        kinds = ["openers", "reasons", "closings"] if self.random.random() < 0.85 else ["openers", "reasons"]
+        return " ".join(situation.fill(self.sentence(value, kind)) for kind in kinds)
 
     def value_sentence(self, value: str) -> str:
         """A sentence that shows the value: a positive twin, or a sentence of a comment on some other situation."""
         if self.random.random() < 0.5:
             return self.random.choice(self.positives[value])
-        kind = self.random.choice(("openers", "reasons", "closings"))
-        return self.situation().fill(self.random.choice(self.comments[value][kind]))
+        return self.situation().fill(self.sentence(value, self.random.choice(("openers", "reasons", "closings"))))
 
     def named(self, value_id: str) -> str:
         """Words that stand for a value: its name, an alias, or one of its facets."""

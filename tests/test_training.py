@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.embedded_model import QUESTIONS
 from benchmarks.judge import SENTENCES
-from training.grammar import CONTENT, Grammar, read_yaml
+from training.grammar import CONTENT, OFTEN, Grammar, Situation, read_yaml
 from training.selection import adapt, examples
 from training.situations import compact, graded
 from training.train import Pushes
@@ -129,6 +129,36 @@ def test_the_benchmarks_questions_are_not_among_the_situations(grammar):
 def test_some_situations_are_followed_up(grammar):
     texts = [grammar.situation().text for _ in range(400)]
     assert any(text.endswith(f"\n{second}") for text in texts for second in grammar.frames["follow_ups"])
+
+
+@pytest.mark.parametrize("value", sorted(path.stem for path in (CONTENT / "comments").glob("*.yaml")))
+def test_the_openers_that_are_said_most_begin_in_different_ways(value):
+    openers = read_yaml(CONTENT / "comments" / f"{value}.yaml")["openers"][:OFTEN]
+    assert len({opener.partition("{topic}")[0] for opener in openers}) == OFTEN
+
+
+def test_most_sentences_are_among_the_first_of_their_list_but_all_are_said(grammar):
+    reasons = grammar.comments["karma"]["reasons"]
+    said = [grammar.sentence("karma", "reasons") for _ in range(4000)]
+    assert set(said) == set(reasons)
+    assert 0.8 < sum(sentence in reasons[:OFTEN] for sentence in said) / len(said) < 0.95
+
+
+def test_a_noun_is_exchanged_wherever_it_stands_and_a_verb_of_the_same_letters_never(grammar):
+    kept = Situation("I fast, and my fast is long.", "the fast")
+    assert all(grammar.varied(kept) == kept for _ in range(50))
+    changed = [grammar.varied(Situation("May she sell the boat? The boat is old.", "the boat", "sell the boat")) for _ in range(50)]
+    assert any("boat" not in situation.text for situation in changed)
+    for situation in changed:
+        assert situation.text.count(situation.topic.split()[-1]) == 2
+        assert situation.base == f"sell {situation.topic}"
+
+
+def test_a_grammar_gives_as_many_lessons_as_are_asked_for():
+    drilled = Grammar(Taxonomy.load(bioethics=True), seed=3, drill=1.0)
+    lessons = {"recall", "look_up_option", "choice_by_act", "choice_by_stance"}
+    assert {kind.__name__ for _, kind in drilled.lessons} == lessons
+    assert not any(segment.value for _ in range(100) for segment in drilled.document())
 
 
 AVERAGE = """

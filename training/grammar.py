@@ -87,6 +87,12 @@ def capitalised(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def stands_as_noun(word: str, text: str) -> bool:
+    """Whether the word is in the text, and surely a noun wherever it is."""
+    everywhere = re.findall(rf"\b{re.escape(word)}\b", text, re.IGNORECASE)
+    return 0 < len(everywhere) == len(re.findall(rf"{BEFORE_NOUN}{re.escape(word)}\b(?!')", text, re.IGNORECASE))
+
+
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file."""
     return yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)  # far faster than the one in Python
@@ -218,7 +224,7 @@ class Grammar:
         ages = [age for age in re.findall(r"\b[2-9]\d\b", situation.text) if self.random.random() < 0.5]
         changes += [(age, str(self.random.randint(max(20, int(age) - 8), min(99, int(age) + 8)))) for age in ages]
         noun = situation.topic.split()[-1]
-        if self.random.random() < 0.25 and re.search(rf"{BEFORE_NOUN}{re.escape(noun)}\b(?!')", situation.text):
+        if self.random.random() < 0.25 and stands_as_noun(noun, situation.text):
             plural = noun.endswith("s")
             like = [word for word in self.random.choices(self.nouns, k=20) if word.endswith("s") == plural]
             new = like[0] if like and self.random.random() < 0.6 else self.invented_word().rstrip("s") + ("s" if plural else "")

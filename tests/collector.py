@@ -126,7 +126,8 @@ class Collector:
 
     def children(self, run_id=None):
         """The runs under one, or the roots, in the order they started."""
-        found = [run for run in list(self.runs.values()) if (run.get("parent_run_id") or None) == run_id]
+        with self.lock:  # a run is made before it is filled
+            found = [run for run in self.runs.values() if "dotted_order" in run and (run.get("parent_run_id") or None) == run_id]
         return sorted(found, key=lambda run: run["dotted_order"])
 
     def tree(self, run_id=None):

@@ -24,11 +24,12 @@ from tiny_models import byte_tokenizer, tiny_model
 
 import vispa_graph
 from vispa_graph import cli
+from vispa_graph.cli_common import settings_with_model
 from vispa_graph.engine.contract import Contrast, Method, Reading, Solver
 from vispa_graph.engine.fake import FakeEngine
 from vispa_graph.engine.folder import is_fetched
 from vispa_graph.engine.layers import default_layers
-from vispa_graph.errors import ModelNotFoundError, NonFiniteError
+from vispa_graph.errors import ModelNotFoundError, NonFiniteError, SettingsError
 from vispa_graph.graph import create_graph
 from vispa_graph.resources import embedded_folder
 from vispa_graph.settings import Distribution, Settings
@@ -552,6 +553,23 @@ def test_a_small_taxonomy_of_ones_own_can_be_fitted(vispa, own_values):
 
 
 # check
+
+
+@pytest.mark.parametrize("command", [("ask", QUERY), ("fit",), ("check", "embedded")])
+def test_device_and_precision_reach_the_settings(command, monkeypatch):
+    seen = []
+
+    def note(**given):
+        seen.append(settings_with_model(**given))
+        raise SettingsError("far enough")
+
+    monkeypatch.setattr(cli, "settings_with_model", note)
+    refused(run(*command, "--device", "cuda:7", "--dtype", "bfloat16"), "far enough")
+    assert [(settings.device, settings.dtype) for settings in seen] == [("cuda:7", "bfloat16")]
+
+
+def test_a_precision_without_a_model_to_check_is_refused(own_values):
+    refused(run("check", "--values", own_values, "--dtype", "bfloat16"), "give a MODEL with them")
 
 
 @pytest.mark.parametrize("chat", [False, True])

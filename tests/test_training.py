@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.embedded_model import QUESTIONS
 from benchmarks.judge import SENTENCES
-from training.grammar import CONTENT, OFTEN, Grammar, Situation, read_yaml
+from training.grammar import CONTENT, OFTEN, Grammar, Situation, exchanged, read_yaml
 from training.selection import adapt, examples
 from training.situations import compact, graded
 from training.train import Pushes
@@ -147,6 +147,8 @@ def test_most_sentences_are_among_the_first_of_their_list_but_all_are_said(gramm
 def test_a_noun_is_exchanged_wherever_it_stands_and_a_verb_of_the_same_letters_never(grammar):
     kept = Situation("I fast, and my fast is long.", "the fast")
     assert all(grammar.varied(kept) == kept for _ in range(50))
+    dive = Situation("Is a dive allowed?", "the dive", "dive for a penalty")
+    assert all(grammar.varied(dive) == dive for _ in range(50))
     changed = [grammar.varied(Situation("May she sell the boat? The boat is old.", "the boat", "sell the boat")) for _ in range(50)]
     assert any("boat" not in situation.text for situation in changed)
     for situation in changed:
@@ -154,11 +156,9 @@ def test_a_noun_is_exchanged_wherever_it_stands_and_a_verb_of_the_same_letters_n
         assert situation.base == f"sell {situation.topic}"
 
 
-def test_a_grammar_gives_as_many_lessons_as_are_asked_for():
-    drilled = Grammar(Taxonomy.load(bioethics=True), seed=3, drill=1.0)
-    lessons = {"recall", "look_up_option", "choice_by_act", "choice_by_stance"}
-    assert {kind.__name__ for _, kind in drilled.lessons} == lessons
-    assert not any(segment.value for _ in range(100) for segment in drilled.document())
+def test_an_exchanged_noun_gets_its_article():
+    assert exchanged("boat", "oar", "A boat, a boat and the boat") == "An oar, an oar and the oar"
+    assert exchanged("oar", "boat", "an oar on a lake") == "a boat on a lake"
 
 
 AVERAGE = """

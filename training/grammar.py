@@ -1,6 +1,6 @@
 """The text the embedded language model is trained on, generated from `training/content` and the taxonomy.
 
-A document is a list of segments. Every document is one of a few kinds (`KINDS`); what they have in common is that the
+A document is a list of segments. Every document is one of a few kinds (`Grammar.kinds`); what they have in common is that the
 value of a comment can be told from the text before it, so that the model has a reason to carry a value in its residual
 stream: that is what steering later makes use of.
 """
@@ -25,7 +25,7 @@ CONTENT = Path(__file__).parent / "content"
 TEXT, QUESTION, COMMENT, LETTER = 0.3, 0.0, 1.0, 8.0
 # The first words of a comment decide its value and name its topic: there the model must use what came before.
 FIRST_WORDS, FIRST_WEIGHT = 12, 3.0
-# So many sentences of each list are said in most comments; all of them in the rest.
+# Each sentence of a comment is drawn from the first so many of its list with this probability, else from the whole list.
 OFTEN, OFTEN_SHARE = 12, 0.85
 
 Role = Literal["text", "user", "assistant"]
@@ -37,8 +37,8 @@ PRONOUNS = {
 }
 KINSMEN = ("father", "grandfather", "brother", "uncle", "son", "husband", "grandson", "nephew", "father-in-law", "stepfather")
 KINSWOMEN = ("mother", "grandmother", "sister", "aunt", "daughter", "wife", "granddaughter", "niece", "mother-in-law", "stepmother")
-# Where a word is surely a noun, so that another may stand in its place: behind an article or a possessive.
-BEFORE_NOUN = r"\b(?:the|a|my|our|her|his|their|your|this|that|no|any) "
+# Behind these a word is a noun, so that another may stand in its place. "Her" and "that" are not among them: "let her work".
+BEFORE_NOUN = r"\b(?:the|a|an|my|our|his|their|your|this|no|any) "
 SYLLABLES = [c + v for c in ("b", "br", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "st", "t", "tr", "v", "z", "sh", "ch") for v in "aeiou"]
 ENDINGS = ["n", "r", "l", "x", "st", "nd", "m", "s", "t", "", "ril", "tan", "dex", "mine", "tor"]
 
@@ -88,9 +88,21 @@ def capitalised(text: str) -> str:
 
 
 def stands_as_noun(word: str, text: str) -> bool:
-    """Whether the word is in the text, and surely a noun wherever it is."""
+    """Whether the word is in the text, and a noun wherever it is, as far as the word before it tells."""
     everywhere = re.findall(rf"\b{re.escape(word)}\b", text, re.IGNORECASE)
     return 0 < len(everywhere) == len(re.findall(rf"{BEFORE_NOUN}{re.escape(word)}\b(?!')", text, re.IGNORECASE))
+
+
+def exchanged(old: str, new: str, text: str) -> str:
+    """The text with a word in place of another, and the article that it needs."""
+    replaced = re.sub(rf"\b{re.escape(old)}\b", new, text)
+    return with_article(new, replaced)
+
+
+def with_article(noun: str, text: str) -> str:
+    """The text with "an" in place of "a" before a noun (or an age) that begins with a vowel, and the other way round."""
+    article = "an" if noun[0] in "aeiou8" else "a"
+    return re.sub(rf"\b(A|a)n? (?={re.escape(noun)}\b)", lambda found: found[1] + article[1:] + " ", text)
 
 
 def read_yaml(path: Path) -> Any:
@@ -106,10 +118,9 @@ class Grammar:
         seed: Two grammars with one seed generate the same documents.
         held_out_pairs: So many of the last pairs of each form are never used, so that probes can be tested on them.
         held_out_situations: Every so-manieth free situation is never used.
-        drill: The share of documents that are lessons in looking things up and in multiple choice, beside those that the mix has anyway.
     """
 
-    def __init__(self, taxonomy: Taxonomy, seed: int, *, held_out_pairs: int = 3, held_out_situations: int = 25, drill: float = 0.0) -> None:
+    def __init__(self, taxonomy: Taxonomy, seed: int, *, held_out_pairs: int = 3, held_out_situations: int = 25) -> None:
         self.random = random.Random(seed)
         self.held_out_pairs = held_out_pairs
         self.frames = read_yaml(CONTENT / "frames.yaml")
@@ -130,8 +141,8 @@ class Grammar:
         ]
         self.acts = acts
         self.open_acts = [tuple(act.split("|")) for act in self.frames["acts"]]
-        named = [topic for _, _, topic in acts] + [situation.topic for situation in self.graded]
-        self.nouns = sorted({word for topic in named if re.fullmatch(r"[a-z]{3,}", word := topic.split()[-1])})
+        named = [(topic, base) for base, _, topic in acts] + [(situation.topic, situation.text) for situation in self.graded]
+        self.nouns = sorted({word for topic, text in named if re.fullmatch(r"[a-z]{3,}", word := topic.split()[-1]) and stands_as_noun(word, text)})
         self.values: list[Value] = list(taxonomy)
         self.comments = {path.stem: read_yaml(path) for path in sorted((CONTENT / "comments").glob("*.yaml"))}
         self.positives = {v.id: [p.positive for form in v.pairs.values() for p in form[:-held_out_pairs]] for v in self.values}
@@ -151,17 +162,10 @@ class Grammar:
             (0.01, self.look_up_option),
             (0.01, self.recall),
         ]
-        self.drill = drill
-        self.lessons: list[tuple[float, Callable[[], list[Segment]]]] = [
-            (0.3, self.recall),
-            (0.4, self.look_up_option),
-            (0.15, self.choice_by_act),
-            (0.15, self.choice_by_stance),
-        ]
 
     def document(self) -> list[Segment]:
         """One document of a kind drawn by weight."""
-        weights, kinds = zip(*(self.lessons if self.random.random() < self.drill else self.kinds), strict=True)
+        weights, kinds = zip(*self.kinds, strict=True)
         return self.random.choices(kinds, weights)[0]()
 
     # Situations
@@ -174,11 +178,14 @@ class Grammar:
         """(base, gerund, topic) of an act, one in three with a word put in at random."""
         if self.random.random() < 0.67:
             return self.random.choice(self.acts)
+        parts = self.random.choice(self.open_acts)
         noun = self.random.choice(self.nouns) if self.random.random() < 0.5 else self.invented_word()
+        while "a {n}" in parts[0] and noun.endswith("s"):
+            noun = self.random.choice(self.nouns)
         if self.random.random() < 0.15:
             noun = f"{self.random.choice(self.nouns)} {noun}"
         name = capitalised(self.invented_word())
-        base, act, topic = (part.format(n=noun, N=name) for part in self.random.choice(self.open_acts))
+        base, act, topic = (with_article(noun, part.format(n=noun, N=name)) for part in parts)
         return base, act, topic
 
     def situation(self) -> Situation:
@@ -224,14 +231,15 @@ class Grammar:
         ages = [age for age in re.findall(r"\b[2-9]\d\b", situation.text) if self.random.random() < 0.5]
         changes += [(age, str(self.random.randint(max(20, int(age) - 8), min(99, int(age) + 8)))) for age in ages]
         noun = situation.topic.split()[-1]
-        if self.random.random() < 0.25 and stands_as_noun(noun, situation.text):
+        acts = [part for part in (situation.base, situation.act) if re.search(rf"\b{re.escape(noun)}\b", part)]
+        if self.random.random() < 0.25 and all(stands_as_noun(noun, part) for part in (situation.text, *acts)):
             plural = noun.endswith("s")
-            like = [word for word in self.random.choices(self.nouns, k=20) if word.endswith("s") == plural]
+            like = [word for word in self.random.choices(self.nouns, k=20) if word.endswith("s") == plural]  # so many hold one of either number
             new = like[0] if like and self.random.random() < 0.6 else self.invented_word().rstrip("s") + ("s" if plural else "")
             changes.append((noun, new))
         parts = {name: getattr(situation, name) for name in ("text", "base", "act", "topic", "who")}
         for old, new in changes:
-            parts = {name: re.sub(rf"\b{re.escape(old)}\b", new, text) for name, text in parts.items()}
+            parts = {name: exchanged(old, new, text) for name, text in parts.items()}
         return replace(situation, **parts)
 
     # Sentences

@@ -1,7 +1,7 @@
 """Train the embedded language model from scratch: tokenizer, then a small Llama, from one seed.
 
     python -m training.train --out build/embedded --steps 3000
-    torchrun --nproc-per-node 2 -m training.train --threads 1 --out build/embedded     # a worker a core
+    torchrun --nproc-per-node 2 -m training.train --threads 1 --out build/embedded     # one worker for each core
 
 The documents are generated while training, packed into rows of a fixed length, each attending only to itself.
 """
@@ -283,7 +283,6 @@ def main() -> None:
     parser.add_argument("--nudge", type=float, default=0.15, help="largest random vector added to the middle blocks, as a share of the residual norm")
     parser.add_argument("--push-from", type=int, default=4000, help="the step from which rows are steered as the engine would")
     parser.add_argument("--refit", type=int, default=500, help="steps between two fits of the directions for that")
-    parser.add_argument("--drill", type=float, default=0.0, help="share of documents that are lessons in looking things up and in multiple choice")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out; the optimisers and the generators start anew")
@@ -332,7 +331,7 @@ def main() -> None:
     random = torch.Generator().manual_seed(own)
     body = torch.compile(model.model, dynamic=False)
     optimisers = optimizers(model, args.rate)
-    source = batches(Grammar(taxonomy, own, drill=args.drill), tokenizer, batch)
+    source = batches(Grammar(taxonomy, own), tokenizer, batch)
     began, before, smooth = time.time(), tokens, None
     for step in range(start, args.steps):
         if step >= args.push_from and (step - max(start, args.push_from)) % args.refit == 0:

@@ -77,7 +77,7 @@ class SteeredChatModel(BaseChatModel):
         """
         from vispa_graph.resources import Resources
 
-        owned = Resources(settings or Settings(), engine=engine)
+        owned = Resources(Settings() if settings is None else settings, engine=engine)
         model = owned.chat_model
         model._owned = owned
         return model

@@ -201,7 +201,9 @@ def _added(options: Sequence[Callable[[F], F]], command: F) -> F:
 
 def _running_options(command: F) -> F:
     options = [
-        click.option("--device", type=text, help='Where the model runs, such as "cpu", "cuda" or "mps"; the CPU by default.'),
+        click.option(
+            "--device", type=text, help='Where the model runs, such as "cpu", "cuda" or "mps"; the CPU by default. VISPA_DEVICE_MAP overrides it.'
+        ),
         click.option("--dtype", type=click.Choice(DTYPES), help="Precision of the model; float32 by default."),
     ]
     return _added(options, command)
@@ -424,6 +426,8 @@ def check(model: str | None, device: str | None, dtype: str | None, values: tupl
     """Check that MODEL can be steered, or that folders of value files can be used."""
     if model is None and not values:
         raise click.UsageError("Give a MODEL to check, or --values FOLDER, or both.")
+    if model is None and (device or dtype):
+        raise click.UsageError("--device and --dtype say how a model runs: give a MODEL with them.")
     found: dict[str, Any] = {}
     if values:
         found["values"] = _check_values(values)

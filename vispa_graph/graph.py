@@ -55,13 +55,15 @@ def create_graph(
         A compiled LangGraph graph. Models are loaded when it first runs. `close()` lets go of them.
 
     Raises:
-        SettingsError: Resources were given together with a part of them.
+        SettingsError: Resources were given together with a part of them, or something else than `Settings` for the settings.
         SelectionSizeError: More values are to be heard than the taxonomy holds.
     """
     if resources is not None and any(part is not None for part in (settings, main_llm, engine, encoder, taxonomy, scrubber)):
         raise SettingsError("create_graph was given resources and, beside them, a part that resources hold. Give either the resources or the parts.")
     if resources is None:
-        resources = Resources(settings or Settings(), engine=engine, encoder=encoder, taxonomy=taxonomy, main_llm=main_llm, scrubber=scrubber)
+        resources = Resources(
+            Settings() if settings is None else settings, engine=engine, encoder=encoder, taxonomy=taxonomy, main_llm=main_llm, scrubber=scrubber
+        )
     resources.check_top_k()
     builder = StateGraph(State, input_schema=Door, output_schema=Output)
     builder.add_node("retrieve", partial(retrieve, resources=resources))

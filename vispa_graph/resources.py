@@ -73,7 +73,7 @@ class Resources:
         progress: Called with (what, done, total) while the model is fetched or loaded, and directions are fitted; a total of 0 is unknown.
 
     Raises:
-        SettingsError: What was given for the settings are none.
+        SettingsError: `settings` is no `Settings`.
     """
 
     def __init__(

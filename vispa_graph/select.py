@@ -29,7 +29,7 @@ def select_values(query: str, k: int = 6, *, settings: Settings | None = None, r
     """
     if not query.strip():
         raise EmptyQueryError("The query is empty. Give a question or a situation.")
-    found = resources or Resources(settings or Settings())
+    found = resources or Resources(Settings() if settings is None else settings)
     if not 1 <= k <= len(found.taxonomy):
         raise SelectionSizeError(f"k is {k}, but must be 1 to {len(found.taxonomy)}, the number of values in the taxonomy.")
     chosen = found.settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from typing import Protocol
 
@@ -16,6 +17,8 @@ Array = npt.NDArray[np.float64]
 
 # Up to this many coordinates Newton's method is faster than lbfgs: its Hessian is small.
 _NEWTON_WIDTH = 512
+# Filters of warnings belong to the whole process: two fits at a time could leave one behind.
+_FILTERING = threading.Lock()
 
 
 class Fitter(Protocol):
@@ -68,7 +71,7 @@ def fit_probe(positives: Array, negatives: Array, regularisation: float, solver:
         solver: `exact` solves to convergence, both classes weighing the same. `saga` is scikit-learn's saga at its default tolerance and
             without class weights, as the paper's code has it; it stops well short of the optimum.
     """
-    # Both cost a second and are only needed when fitting.
+    # Slow to import and only needed when fitting.
     from scipy.linalg import LinAlgWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -83,7 +86,7 @@ def fit_probe(positives: Array, negatives: Array, regularisation: float, solver:
     reduced = features if basis is None else features @ basis
     way = "newton-cholesky" if reduced.shape[1] <= _NEWTON_WIDTH else "lbfgs"
     exact = LogisticRegression(C=regularisation, class_weight="balanced", solver=way, max_iter=10_000, tol=1e-6)
-    with warnings.catch_warnings():
+    with _FILTERING, warnings.catch_warnings():
         warnings.simplefilter("ignore", LinAlgWarning)  # of an ill-conditioned Hessian, after which scikit-learn goes on with lbfgs
         exact.fit(reduced, labels)
     weights = exact.coef_[0]

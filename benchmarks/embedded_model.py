@@ -126,6 +126,7 @@ def main() -> None:
         same += len(texts) - len(set(texts))
         similar += [float(a @ b) for a, b in combinations(encoder.encode(texts), 2)]
 
+    chosen_rightly, chance = multiple_choice(resources, grammar, 200)
     table = Table(title=f"{len(entries)} questions x {len(taxonomy)} values, greedy, default settings {chosen or ''}")
     table.add_column("measure")
     table.add_column("figure", justify="right")
@@ -147,7 +148,7 @@ def main() -> None:
         "comments on one question that are the same": same / len(steered),
         "median cosine between comments on one question": np.median(similar),
         "mean displacement, share of the residual norm": np.mean([g.steering.displacement for _, _, g in steered if g.steering]),
-        "multiple choice, answer follows from the passage": multiple_choice(resources, grammar, 200),
+        f"multiple choice, answer follows from the passage (chance {chance:.3f})": chosen_rightly,
         "twins never trained on that the directions tell apart": held_out_accuracy(resources, grammar),
         "seconds a comment, batched": seconds,
     }.items():
@@ -171,15 +172,17 @@ def main() -> None:
     resources.close()
 
 
-def multiple_choice(resources: Resources, grammar: Grammar, count: int) -> float:
-    """Share of multiple-choice questions of the grammar answered rightly; its mean chance is about .4."""
-    right = []
+def multiple_choice(resources: Resources, grammar: Grammar, count: int) -> tuple[float, float]:
+    """Share of multiple-choice questions of the grammar answered rightly, and the share that guessing would get."""
+    right, chances = [], []
     for _ in range(count):
         prompt, answer, *_ = grammar.choice_by_stance()
         options = len(re.findall(r"^[A-Z]\. ", prompt.text, re.MULTILINE))
         request = ScoreRequest([{"role": "user", "content": prompt.text}], tuple(LETTERS[:options]))
         right.append((resources.engine.score(request), answer.text))
-    return float(np.mean([LETTERS[int(np.argmax(future.result().probabilities))] == answer for future, answer in right]))
+        chances.append(1 / options)
+    said = [LETTERS[int(np.argmax(future.result().probabilities))] == answer for future, answer in right]
+    return float(np.mean(said)), float(np.mean(chances))
 
 
 if __name__ == "__main__":

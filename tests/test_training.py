@@ -149,10 +149,11 @@ def test_a_noun_is_exchanged_wherever_it_stands_and_a_verb_of_the_same_letters_n
     assert all(grammar.varied(kept) == kept for _ in range(50))
     dive = Situation("Is a dive allowed?", "the dive", "dive for a penalty")
     assert all(grammar.varied(dive) == dive for _ in range(50))
-    changed = [grammar.varied(Situation("May she sell the boat? The boat is old.", "the boat", "sell the boat")) for _ in range(50)]
+    changed = [grammar.varied(Situation("The boat? My boat!", "the boat", "sell the boat")) for _ in range(50)]
     assert any("boat" not in situation.text for situation in changed)
     for situation in changed:
-        assert situation.text.count(situation.topic.split()[-1]) == 2
+        noun = situation.topic.split()[-1]
+        assert situation.text == f"The {noun}? My {noun}!"
         assert situation.base == f"sell {situation.topic}"
 
 

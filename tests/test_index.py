@@ -10,13 +10,16 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vispa_graph.errors import StoreError
 from vispa_graph.taxonomy_index import Phrase, Taxonomy, TaxonomyIndex
+from vispa_graph.taxonomy_index.encoder import Floats
 from vispa_graph.taxonomy_index.index import phrases_of
+from vispa_graph.taxonomy_index.vectors import ROUNDING, VectorIndex
 
 QUERY = "May I refuse the operation my doctor wants?"
 
@@ -53,7 +56,7 @@ def test_definitions_facets_and_concerns_point_at_their_values(some_values):
 def test_every_phrase_is_nearest_to_itself(index):
     for phrase in index.phrases[::7]:
         best = index.search(phrase.text, 1)[0]
-        assert best.score == pytest.approx(1, abs=5e-4)  # in half precision
+        assert best.score == pytest.approx(1, abs=2 * ROUNDING)
 
 
 def test_search_gives_the_best_first_and_no_more_than_there_are(index):
@@ -196,3 +199,35 @@ def test_a_damaged_cache_is_refused_not_used(some_values, word_encoder, tmp_path
     flip_a_byte(next((tmp_path / "index").iterdir()))
     with pytest.raises(StoreError, match="damaged"):
         TaxonomyIndex.open(some_values, word_encoder, tmp_path)
+
+
+def unit_vectors(count: int, dimensions: int, seed: int) -> Floats:
+    vectors = np.random.default_rng(seed).normal(size=(count, dimensions)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@given(st.integers(2, 60), st.integers(1, 400), st.integers(0, 2**16))
+def test_rounded_vectors_are_found_by_nearly_their_cosines(count, dimensions, seed):
+    vectors = unit_vectors(count, dimensions, seed)
+    scores, rows = VectorIndex.build(vectors).search(vectors[:1], count)
+    exact = vectors @ vectors[0]
+    assert sorted(rows[0]) == list(range(count))
+    assert np.abs(exact[rows[0]] - scores[0]).max() < 2 * ROUNDING
+    assert np.abs(scores).max() <= 1
+
+
+def test_vectors_like_those_of_minilm_are_rounded_to_bytes_and_a_cosine_moves_by_some_thousandths():
+    vectors = unit_vectors(500, 384, 0)
+    index = VectorIndex.build(vectors)
+    assert index.scale > 127
+    scores, rows = index.search(vectors[:1], 500)
+    assert np.abs((vectors @ vectors[0])[rows[0]] - scores[0]).max() < 4e-3
+
+
+def test_vectors_with_one_large_component_are_not_rounded_to_bytes():
+    vectors = unit_vectors(50, 384, 0)
+    vectors[0] = np.eye(384)[0]
+    index = VectorIndex.build(vectors)
+    scores, rows = index.search(vectors[1:2], 50)
+    assert index.scale == 0
+    assert np.abs((vectors @ vectors[1])[rows[0]] - scores[0]).max() < 5e-4

@@ -24,11 +24,11 @@ from vispa_graph.taxonomy_index import kernel
 from vispa_graph.taxonomy_index.encoder import Encoder, Floats
 from vispa_graph.taxonomy_index.precomputed import encode_phrases, solved
 from vispa_graph.taxonomy_index.taxonomy import Concern, Situation, Taxonomy
-from vispa_graph.taxonomy_index.vectors import search_vectors, vector_index
+from vispa_graph.taxonomy_index.vectors import VectorIndex
 
 Kind = Literal["definition", "facet", "sentence", "concern", "situation"]
 
-_FORMAT = 4
+_FORMAT = 5
 _INDEX, _WEIGHTS, _MANIFEST = "index.faiss", "weights.safetensors", "manifest.json"
 CENTRAL, RELEVANT = 1.0, 0.5
 # A sentence that lives a value is near many questions in which others are at stake. Chosen on the tuning half, like the kernel's constants.
@@ -96,7 +96,7 @@ class TaxonomyIndex:
         centroids: The mean vector of each value's own phrases, [values, dimensions].
     """
 
-    def __init__(self, taxonomy: Taxonomy, encoder: Encoder, index: Any, pull: Floats, centroids: Floats) -> None:
+    def __init__(self, taxonomy: Taxonomy, encoder: Encoder, index: VectorIndex, pull: Floats, centroids: Floats) -> None:
         """Hold an index whose row i is the i-th phrase; use `build` or `open` to get one."""
         self.taxonomy = taxonomy
         self.encoder = encoder
@@ -115,7 +115,7 @@ class TaxonomyIndex:
             pull = solve_pull(taxonomy, vectors)
         source = np.array([phrase.source if phrase.kind in OWN else "" for phrase in phrases])
         centroids = np.stack([vectors[source == value].mean(axis=0) for value in taxonomy.ids])
-        return cls(taxonomy, encoder, vector_index(vectors), pull, centroids)
+        return cls(taxonomy, encoder, VectorIndex.build(vectors), pull, centroids)
 
     @classmethod
     def open(cls, taxonomy: Taxonomy, encoder: Encoder, cache: Path) -> TaxonomyIndex:
@@ -136,8 +136,8 @@ class TaxonomyIndex:
         import faiss
 
         with atomic_folder(folder) as temporary:
-            (temporary / _INDEX).write_bytes(faiss.serialize_index(self._index).tobytes())
-            (temporary / _WEIGHTS).write_bytes(save({"pull": self.pull, "centroids": self.centroids}))
+            (temporary / _INDEX).write_bytes(faiss.serialize_index(self._index.faiss).tobytes())
+            (temporary / _WEIGHTS).write_bytes(save({"pull": self.pull, "centroids": self.centroids, "scale": np.array([self._index.scale])}))
             sums = {name: hashlib.sha256((temporary / name).read_bytes()).hexdigest() for name in (_INDEX, _WEIGHTS)}
             manifest = _key(self.taxonomy, self.encoder) | {"phrases": len(self.phrases), "sha256": sums}
             (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -163,7 +163,7 @@ class TaxonomyIndex:
                     raise StoreError(f"The index in {folder} belongs to another {name}. {remedy}")
             index = faiss.deserialize_index(np.frombuffer(content[_INDEX], dtype=np.uint8))
             weights = read_safetensors(content[_WEIGHTS])
-            found = cls(taxonomy, encoder, index, weights["pull"], weights["centroids"])
+            found = cls(taxonomy, encoder, VectorIndex(index, float(weights["scale"][0])), weights["pull"], weights["centroids"])
             if index.ntotal != len(found.phrases) or found.pull.shape != (len(found.phrases), len(taxonomy)):
                 raise StoreError(f"The index in {folder} holds {index.ntotal} phrases, not the taxonomy's {len(found.phrases)}. {remedy}")
             return found
@@ -176,7 +176,7 @@ class TaxonomyIndex:
 
     def search_vector(self, vector: Floats, n: int) -> list[Hit]:
         """The same for an encoded query, [1, dimensions]."""
-        scores, rows = search_vectors(self._index, vector, n)
+        scores, rows = self._index.search(vector, n)
         # Rounded, so that the last bits of a float, which differ between batches and machines, decide nothing.
         ranked = sorted(zip((-np.round(scores[0].astype(np.float64), 5)).tolist(), rows[0].tolist(), strict=True))
         return [Hit(self.phrases[row], -score, row) for score, row in ranked if row >= 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy.typing as npt
 from vispa_graph.taxonomy_index.encoder import Floats
 
 EXACT_UP_TO = 50_000
+# The most that rounding to bytes may take from a vector, as a norm; unit vectors of MiniLM lose .012. It bounds what a cosine moves by.
+ROUNDING = 0.02
 # A graph of small worlds over vectors of a byte per dimension. Chosen with python -m benchmarks.large_index --compare: an inverted file builds
 # faster, but needs several times as long a search for the same recall.
 KIND = "HNSW24,SQ8"
@@ -19,9 +22,48 @@ _CONSTRUCTION = 80  # breadth of the search while building
 BREADTH = 192  # and while searching
 
 
-def vector_index(vectors: Floats) -> Any:
-    """A FAISS index over the inner product of unit vectors, [vectors, dimensions]."""
-    return approximate_index(vectors) if len(vectors) > EXACT_UP_TO else exact_index(vectors)
+@dataclass(frozen=True)
+class VectorIndex:
+    """A FAISS index over the inner product of unit vectors that all come at once.
+
+    Up to `EXACT_UP_TO` vectors, a query is compared with every one. Search waits for memory: vectors whose components are of like size are rounded
+    to a byte a dimension, and so is the query, which moves a cosine by some 1e-3, the same on every machine; others are kept in half precision.
+
+    Attributes:
+        faiss: The index.
+        scale: By what the vectors were multiplied before they were rounded; 0 where they were not.
+    """
+
+    faiss: Any
+    scale: float
+
+    @classmethod
+    def build(cls, vectors: Floats) -> VectorIndex:
+        """The index of unit vectors, [vectors, dimensions]."""
+        if len(vectors) > EXACT_UP_TO:
+            return cls(approximate_index(vectors), 0.0)
+        import faiss
+
+        scale = _byte_scale(vectors)
+        rounded = np.round(vectors * scale)
+        if np.linalg.norm(rounded / scale - vectors, axis=1).max(initial=0.0) > ROUNDING:
+            return cls(exact_index(vectors), 0.0)
+        index = faiss.IndexScalarQuantizer(vectors.shape[1], faiss.ScalarQuantizer.QT_8bit_direct_signed, faiss.METRIC_INNER_PRODUCT)
+        index.add(rounded)
+        return cls(index, scale)
+
+    def search(self, query: Floats, n: int) -> tuple[Floats, npt.NDArray[np.int64]]:
+        """Cosines and rows of the n nearest vectors to a query, [1, dimensions], both [1, n]; row -1 where there are fewer."""
+        if not self.scale:
+            return search_vectors(self.faiss, query, n)
+        scale = _byte_scale(query)  # FAISS cuts a query for such an index to whole numbers
+        scores, rows = search_vectors(self.faiss, np.round(query * scale), n)
+        return (scores / np.float32(self.scale * scale)).clip(-1, 1), rows
+
+
+def _byte_scale(vectors: Floats) -> float:
+    """What brings the largest component to 127."""
+    return float(127 / max(float(np.abs(vectors).max(initial=0.0)), 1e-9))
 
 
 def exact_index(vectors: Floats) -> Any:

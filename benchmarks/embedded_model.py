@@ -72,7 +72,7 @@ def vocabulary(grammar: Grammar) -> set[str]:
     """Every word of the project's texts, invented ones apart."""
     texts = [s for parts in grammar.comments.values() for sentences in parts.values() for s in sentences]
     texts += [sentence for sentences in grammar.positives.values() for sentence in sentences]
-    texts += [part for s in (*grammar.free, *grammar.graded) for part in (s.text, s.topic, s.act, s.who)] + [
+    texts += [part for s in (*grammar.free, *grammar.graded) for part in (s.text, s.topic, s.matter, s.act, s.who)] + [
         part for act in grammar.acts for part in act
     ]
     return {word for text in texts for word in re.findall(r"[a-z']+", text.lower())} | {"he", "she", "him", "his", "hers", "theirs", "yours"}
@@ -127,6 +127,8 @@ def main() -> None:
         similar += [float(a @ b) for a, b in combinations(encoder.encode(texts), 2)]
 
     chosen_rightly, chance = multiple_choice(resources, grammar, 200)
+    gained = majority(resources, grammar, 60)
+    moved = gained > 0
     table = Table(title=f"{len(entries)} questions x {len(taxonomy)} values, greedy, default settings {chosen or ''}")
     table.add_column("measure")
     table.add_column("figure", justify="right")
@@ -149,6 +151,8 @@ def main() -> None:
         "median cosine between comments on one question": np.median(similar),
         "mean displacement, share of the residual norm": np.mean([g.steering.displacement for _, _, g in steered if g.steering]),
         f"multiple choice, answer follows from the passage (chance {chance:.3f})": chosen_rightly,
+        "four passages of five for it instead of one: the first option gains, share of questions": moved.mean(),
+        "... and by how much, mean": gained.mean(),
         "twins never trained on that the directions tell apart": held_out_accuracy(resources, grammar),
         "seconds a comment, batched": seconds,
     }.items():
@@ -183,6 +187,25 @@ def multiple_choice(resources: Resources, grammar: Grammar, count: int) -> tuple
         chances.append(1 / options)
     said = [LETTERS[int(np.argmax(future.result().probabilities))] == answer for future, answer in right]
     return float(np.mean(said)), float(np.mean(chances))
+
+
+def majority(resources: Resources, grammar: Grammar, count: int, passages: int = 5) -> np.ndarray:
+    """What the probability of the first option, the one in favour, gains when all passages but one are for it instead of all but one against, [count]."""
+    asked = []
+    for _ in range(count):
+        situation = grammar.act_situation()
+        options = [situation.fill(option) for option in grammar.random.choice(grammar.frames["options"])]
+        lines = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+        both = []
+        for most, least in (("for", "against"), ("against", "for")):
+            stances = [most] * (passages - 1) + [least]
+            texts = [situation.fill(grammar.random.choice(grammar.frames["stance"][stance])) for stance in stances]
+            prompts = [load_prompt("score_options").render(passage=text, query=situation.text, options=lines) for text in texts]
+            requests = [ScoreRequest([{"role": "user", "content": prompt}], tuple(LETTERS[: len(options)])) for prompt in prompts]
+            both.append([resources.engine.score(request) for request in requests])
+        asked.append(both)
+    means = [[np.mean([future.result().probabilities[0] for future in futures]) for futures in both] for both in asked]
+    return np.array([for_it - against_it for for_it, against_it in means])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -26,6 +27,14 @@ from vispa_graph.taxonomy_index import Taxonomy
 from vispa_graph.taxonomy_index.taxonomy import SITUATIONS
 
 LAYERS = (1, 2)
+# What a matter may say that its situation does not: words that only join.
+JOINING = set(
+    re.findall(
+        r"\w+",
+        "the your a an his her their its and or not no of for from in on at with to before after by into over under between about during without "
+        "against as instead than that this who other s every one",
+    )
+)
 
 
 @pytest.fixture
@@ -102,10 +111,21 @@ def test_the_main_noun_of_a_graded_situations_topic_stands_in_it(grammar):
         assert re.search(rf"\b{re.escape(situation.topic.split()[-1].lower())}\b", situation.text.lower().replace("’", "'")), situation
 
 
-def test_a_comment_names_the_topic_of_its_situation(grammar):
+def test_the_words_of_a_matter_stand_in_its_situation_so_that_they_can_be_copied(grammar):
+    named = [situation for situation in (*grammar.graded, *grammar.free) if situation.matter]
+    assert len(named) > 11_000
+    for situation in named:
+        text = re.findall(r"\w+", f"{situation.text} {situation.topic}".lower())
+        assert situation.topic.split()[-1].lower() in situation.matter.lower(), situation
+        assert not [word for word in re.findall(r"\w+", situation.matter.lower()) if word not in text and word not in JOINING], situation
+
+
+def test_an_opener_names_the_matter_of_its_situation_and_other_sentences_its_topic(grammar):
     for value in VALUES:
-        situation = grammar.situation()
-        assert situation.topic.lower() in grammar.comment(value, situation).lower()
+        situation = replace(grammar.situation(), topic="the boat", matter="the boat of your uncle")
+        assert all("the boat of your uncle" in grammar.comment(value, situation) for _ in range(5))
+        assert all(grammar.comment(value, situation).count("uncle") == 1 for _ in range(5))
+        assert "the boat" in grammar.comment(value, replace(situation, matter=""))
 
 
 def runs_of_words(text: str, length: int = 6) -> set[tuple[str, ...]]:

@@ -24,7 +24,7 @@ CONTENT = Path(__file__).parent / "content"
 # How much a token counts in the loss. The comments are what the model is for; to predict questions, mostly noise, would only cost time.
 TEXT, QUESTION, COMMENT, LETTER = 0.3, 0.0, 1.0, 8.0
 # The first words of a comment decide its value and name its topic: there the model must use what came before.
-FIRST_WORDS, FIRST_WEIGHT = 12, 3.0
+FIRST_WORDS, FIRST_WEIGHT = 16, 3.0
 # Each sentence of a comment is drawn from the first so many of its list with this probability, else from the whole list.
 OFTEN, OFTEN_SHARE = 12, 0.85
 
@@ -59,9 +59,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Situation:
-    """A question as asked, and its topic: the noun phrase by which a comment names what it is about.
+    """A question as asked, its topic and its matter: noun phrases by which a comment names what it is about.
 
-    The act, the person and the pronoun are for passages and options of multiple choice; situations that were only graded have none.
+    The topic is short ("the operation"); the matter, by which an opener names it, says with what or whom ("the operation on your knee"), and
+    is empty where the question names nothing else. The act, the person and the pronoun are for passages and options of multiple choice; situations that were only graded have none.
     `central` and `relevant` are the values at stake, where somebody judged them.
     """
 
@@ -73,6 +74,7 @@ class Situation:
     pronoun: str = "you"
     central: tuple[str, ...] = ()
     relevant: tuple[str, ...] = ()
+    matter: str = ""
 
     def fill(self, template: str) -> str:
         """Fill the slots of a sentence: those of comments have the topic alone, options and stances the others too."""
@@ -134,7 +136,9 @@ class Grammar:
         self.held_out = free[::held_out_situations]
         self.free = [situation for situation in free if situation not in self.held_out]
         self.graded = [
-            Situation(entry["text"], entry["topic"], central=tuple(entry["central"]), relevant=tuple(entry["relevant"]))
+            Situation(
+                entry["text"], entry["topic"], central=tuple(entry["central"]), relevant=tuple(entry["relevant"]), matter=entry.get("matter", "")
+            )
             for path in sorted((CONTENT / "graded").rglob("*.yaml"))
             for entry in read_yaml(path)
             if "topic" in entry
@@ -143,23 +147,24 @@ class Grammar:
         self.open_acts = [tuple(act.split("|")) for act in self.frames["acts"]]
         named = [(topic, base) for base, _, topic in acts] + [(situation.topic, situation.text) for situation in self.graded]
         self.nouns = sorted({word for topic, text in named if re.fullmatch(r"[a-z]{3,}", word := topic.split()[-1]) and stands_as_noun(word, text)})
+        self._nouns = frozenset(self.nouns)
         self.values: list[Value] = list(taxonomy)
         self.comments = {path.stem: read_yaml(path) for path in sorted((CONTENT / "comments").glob("*.yaml"))}
         self.positives = {v.id: [p.positive for form in v.pairs.values() for p in form[:-held_out_pairs]] for v in self.values}
         self.negatives = {v.id: [p.negative for form in v.pairs.values() for p in form[:-held_out_pairs]] for v in self.values}
         self.kinds: list[tuple[float, Callable[[], list[Segment]]]] = [
-            (0.08, self.value_then_comment),
-            (0.14, self.value_in_question),
+            (0.07, self.value_then_comment),
+            (0.12, self.value_in_question),
             (0.02, self.named_value),
             (0.07, self.neutral_comment),
-            (0.56, self.bare_value_comment),
+            (0.48, self.bare_value_comment),
             (0.02, self.opposed_then_neutral),
-            (0.05, self.run_of_value),
+            (0.04, self.run_of_value),
             (0.01, self.run_of_opposed),
-            (0.01, self.choice_by_stance),
-            (0.01, self.choice_by_act),
+            (0.10, self.choice_by_stance),
+            (0.03, self.choice_by_act),
             (0.01, self.choice_by_value),
-            (0.01, self.look_up_option),
+            (0.03, self.look_up_option),
             (0.01, self.recall),
         ]
 
@@ -222,7 +227,7 @@ class Grammar:
         return Situation(text.replace(", ?", "?").replace(",?", "?"), topic, base, act, answered, pronoun)
 
     def varied(self, situation: Situation) -> Situation:
-        """The situation with another relative, age or main noun, each now and then, the same wherever it is named."""
+        """The situation with another relative, age or noun, each now and then, the same wherever it is named."""
         changes: list[tuple[str, str]] = []
         for kin in (KINSMEN, KINSWOMEN):
             named = [word for word in kin if re.search(rf"\b{word}\b", situation.text)]
@@ -230,17 +235,24 @@ class Grammar:
                 changes.append((named[0], self.random.choice(kin)))
         ages = [age for age in re.findall(r"\b[2-9]\d\b", situation.text) if self.random.random() < 0.5]
         changes += [(age, str(self.random.randint(max(20, int(age) - 8), min(99, int(age) + 8)))) for age in ages]
-        noun = situation.topic.split()[-1]
-        acts = [part for part in (situation.base, situation.act) if re.search(rf"\b{re.escape(noun)}\b", part)]
-        if self.random.random() < 0.25 and all(stands_as_noun(noun, part) for part in (situation.text, *acts)):
-            plural = noun.endswith("s")
-            like = [word for word in self.random.choices(self.nouns, k=20) if word.endswith("s") == plural]  # so many hold one of either number
-            new = like[0] if like and self.random.random() < 0.6 else self.invented_word().rstrip("s") + ("s" if plural else "")
-            changes.append((noun, new))
-        parts = {name: getattr(situation, name) for name in ("text", "base", "act", "topic", "who")}
+        acts = [part for part in (situation.base, situation.act) if part]
+        main = {phrase.split()[-1] for phrase in (situation.topic, situation.matter) if phrase}
+        beside = set(re.findall(rf"{BEFORE_NOUN}([a-z]+)\b", situation.text)) & self._nouns - set(re.findall(r"[a-z]+", situation.matter)) - main
+        for nouns, share in ((main, 0.25), (beside, 0.15)):
+            for noun in sorted(nouns):
+                named = [part for part in acts if re.search(rf"\b{re.escape(noun)}\b", part)]
+                if self.random.random() < share and all(stands_as_noun(noun, part) for part in (situation.text, *named)):
+                    changes.append((noun, self.noun_like(noun)))
+        parts = {name: getattr(situation, name) for name in ("text", "base", "act", "topic", "matter", "who")}
         for old, new in changes:
             parts = {name: exchanged(old, new, text) for name, text in parts.items()}
         return replace(situation, **parts)
+
+    def noun_like(self, noun: str) -> str:
+        """A noun of the same number, now and then an invented one."""
+        plural = noun.endswith("s")
+        like = [word for word in self.random.choices(self.nouns, k=20) if word.endswith("s") == plural]  # so many hold one of either number
+        return like[0] if like and self.random.random() < 0.6 else self.invented_word().rstrip("s") + ("s" if plural else "")
 
     # Sentences
 
@@ -252,7 +264,8 @@ class Grammar:
     def comment(self, value: str, situation: Situation) -> str:
         """Two or three sentences on the situation from a value ("neutral" for none)."""
         kinds = ["openers", "reasons", "closings"] if self.random.random() < 0.85 else ["openers", "reasons"]
-        return " ".join(situation.fill(self.sentence(value, kind)) for kind in kinds)
+        whole = replace(situation, topic=situation.matter or situation.topic)
+        return " ".join((whole if kind == "openers" else situation).fill(self.sentence(value, kind)) for kind in kinds)
 
     def value_sentence(self, value: str) -> str:
         """A sentence that shows the value: a positive twin, or a sentence of a comment on some other situation."""

@@ -25,11 +25,12 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from training.grammar import COMMENT, FIRST_WEIGHT, FIRST_WORDS, LETTER, Grammar, Segment
+from training.guidance import Guide, Link, answer_links, option_links
 from training.muon import Muon
 from vispa_graph.engine.contract import Direction
 from vispa_graph.engine.directions import FitSettings, fit_directions
@@ -41,6 +42,7 @@ from vispa_graph.taxonomy_index import Taxonomy, Value
 SPECIAL = ["<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>"]
 LENGTHS = (72, 104, 144, 208, 320)
 CHECKPOINT = "trainer.safetensors"
+GUIDANCE = 1.0  # what a nat that a guided head misses counts, beside one of the text
 BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -55,11 +57,13 @@ class Example(NamedTuple):
     Attributes:
         weights: Of each token as a target.
         push: The value that the comment speaks for, and the place of its header.
+        links: Where guided heads shall look.
     """
 
     tokens: list[int]
     weights: list[float]
     push: tuple[str, int] | None
+    links: list[Link]
 
 
 def train_tokenizer(grammar: Grammar, vocabulary: int, documents: int) -> PreTrainedTokenizerFast:
@@ -84,25 +88,33 @@ def train_tokenizer(grammar: Grammar, vocabulary: int, documents: int) -> PreTra
 
 def encode(tokenizer: Tokenizer, document: list[Segment], ids: dict[str, int]) -> Example:
     """A document in tokens."""
-    tokens, weights, push = [ids["<|bos|>"]], [0.0], None
+    example = Example([ids["<|bos|>"]], [0.0], None, [])
+    tokens, weights = example.tokens, example.weights
+    asked: tuple[str, Encoding, int] | None = None
     for segment in document:
         if segment.value:
-            push = (segment.value, len(tokens))
-        text = tokenizer.encode(segment.text, add_special_tokens=False).ids
+            example = example._replace(push=(segment.value, len(tokens)))
+        text = tokenizer.encode(segment.text, add_special_tokens=False)
         if segment.role == "text":
-            tokens += text
-            weights += [segment.weight] * len(text)
-        else:
-            tokens += [ids[f"<|{segment.role}|>"], *text, ids["<|end|>"]]
-            first = FIRST_WORDS if segment.weight == COMMENT else 0
-            weights += [0.0, *[FIRST_WEIGHT] * min(first, len(text)), *[segment.weight] * max(0, len(text) - first), min(segment.weight, 1.0)]
-    return Example(tokens, weights, push)
+            tokens += text.ids
+            weights += [segment.weight] * len(text.ids)
+            continue
+        start = len(tokens) + 1
+        if segment.role == "user":
+            asked = segment.text, text, start
+            example.links.extend(link.moved(start) for link in option_links(segment.text, text))
+        elif segment.weight == LETTER and asked:
+            example.links.extend(link.moved(asked[2]) for link in answer_links(*asked[:2], segment.text, start - 1 - asked[2]))
+        tokens += [ids[f"<|{segment.role}|>"], *text.ids, ids["<|end|>"]]
+        first = FIRST_WORDS if segment.weight == COMMENT else 0
+        weights += [0.0, *[FIRST_WEIGHT] * min(first, len(text.ids)), *[segment.weight] * max(0, len(text.ids) - first), min(segment.weight, 1.0)]
+    return example
 
 
 def batches(
     grammar: Grammar, tokenizer: PreTrainedTokenizerFast, tokens: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[tuple[str, int] | None]]]:
-    """Endless batches of about so many tokens: input ids and weights, [rows, length], one document a row, padded on the right; and the pushes.
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[tuple[str, int] | None], list[tuple[int, Link]]]]:
+    """Endless batches of about so many tokens: input ids and weights, [rows, length], one document a row, padded on the right; the pushes; and the links with their rows.
 
     Documents of like length share a batch, so that little is padding and causal attention needs no mask.
     """
@@ -123,8 +135,9 @@ def batches(
                 input_ids[row, : len(example.tokens)] = torch.tensor(example.tokens)
                 weights[row, : len(example.weights)] = torch.tensor(example.weights)
             pushes = [example.push for example in waiting[length]]
+            links = [(row, link) for row, example in enumerate(waiting[length]) for link in example.links]
             waiting[length] = []
-            yield input_ids, weights, pushes
+            yield input_ids, weights, pushes, links
 
 
 def optimizers(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Optimizer]:
@@ -263,10 +276,15 @@ def save(model: LlamaForCausalLM, folder: Path, step: int, tokens: int, argument
     copy.save_pretrained(folder)
 
 
+def facts_of(checkpoint: Path) -> dict[str, str]:
+    """What a checkpoint says of itself: its step, its tokens and the arguments it was trained with."""
+    with safe_open(checkpoint, "pt") as file:
+        return dict(file.metadata())
+
+
 def reached(checkpoint: Path) -> tuple[int, int]:
     """The step and the tokens that a checkpoint was written at."""
-    with safe_open(checkpoint, "pt") as file:
-        facts = file.metadata()
+    facts = facts_of(checkpoint)
     return int(facts["step"]), int(facts["tokens"])
 
 
@@ -326,6 +344,7 @@ def main() -> None:
     batch = args.batch // workers
     nudges = add_nudges(model, batch // LENGTHS[0])
     pushes = Pushes(model, fit.layers, batch // LENGTHS[0])
+    guide = Guide(model.model.layers)
     own = seed_of(args.seed, start, rank)  # the weights are drawn: from here on every worker draws its own
     torch.manual_seed(own)
     random = torch.Generator().manual_seed(own)
@@ -336,7 +355,7 @@ def main() -> None:
     for step in range(start, args.steps):
         if step >= args.push_from and (step - max(start, args.push_from)) % args.refit == 0:
             pushes.refit(model, tokenizer, taxonomy, fit)
-        input_ids, weights, shown = next(source)
+        input_ids, weights, shown, links = next(source)
         pushes.draw(shown, random)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
@@ -350,7 +369,8 @@ def main() -> None:
         losses = F.cross_entropy(logits, targets[counted], reduction="none")
         weight = weights[counted]
         loss = (losses * weight).sum() / weight.sum()
-        loss.backward()
+        missed = guide.loss(links) if links else None
+        (loss if missed is None else loss + GUIDANCE * missed).backward()
         if workers > 1:
             average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -359,7 +379,7 @@ def main() -> None:
             optimiser.zero_grad(set_to_none=True)
         tokens += workers * input_ids.ne(tokenizer.pad_token_id).sum().item()
         groups = [losses[weight == w] for w in (COMMENT, FIRST_WEIGHT, LETTER)]
-        now = tuple(group.mean().item() if len(group) else math.nan for group in groups)
+        now = (*(group.mean().item() if len(group) else math.nan for group in groups), math.nan if missed is None else missed.item())
         smooth = (
             now
             if smooth is None
@@ -367,7 +387,7 @@ def main() -> None:
         )
         if rank == 0 and step % 20 == 0:
             print(
-                f"step {step} comment {smooth[0]:.3f} first words {smooth[1]:.3f} letter {smooth[2]:.3f} tokens {tokens / 1e6:.2f}M {(tokens - before) / (time.time() - began):.0f}/s",
+                f"step {step} comment {smooth[0]:.3f} first words {smooth[1]:.3f} letter {smooth[2]:.3f} guided {smooth[3]:.3f} tokens {tokens / 1e6:.2f}M {(tokens - before) / (time.time() - began):.0f}/s",
                 flush=True,
             )
         if rank == 0 and (step % 100 == 99 or step == args.steps - 1):

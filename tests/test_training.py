@@ -122,9 +122,9 @@ def test_the_words_of_a_matter_stand_in_its_situation_so_that_they_can_be_copied
 
 def test_an_opener_names_the_matter_of_its_situation_and_other_sentences_its_topic(grammar):
     for value in VALUES:
-        situation = replace(grammar.situation(), topic="the boat", matter="the boat of your uncle")
-        assert all("the boat of your uncle" in grammar.comment(value, situation) for _ in range(5))
-        assert all(grammar.comment(value, situation).count("uncle") == 1 for _ in range(5))
+        situation = replace(grammar.situation(), topic="the boat", matter="the boat with the zebra")
+        assert all("the boat with the zebra" in grammar.comment(value, situation) for _ in range(5))
+        assert all(grammar.comment(value, situation).count("zebra") == 1 for _ in range(5))
         assert "the boat" in grammar.comment(value, replace(situation, matter=""))
 
 

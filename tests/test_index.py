@@ -224,6 +224,14 @@ def test_vectors_like_those_of_minilm_are_rounded_to_bytes_and_a_cosine_moves_by
     assert np.abs((vectors @ vectors[0])[rows[0]] - scores[0]).max() < 4e-3
 
 
+def test_a_query_of_its_own_is_compared_like_an_indexed_one():
+    vectors, queries = unit_vectors(500, 384, 0), unit_vectors(20, 384, 1)
+    index = VectorIndex.build(vectors)
+    for query in queries:
+        scores, rows = index.search(query[None], 500)
+        assert np.abs((vectors @ query)[rows[0]] - scores[0]).max() < 4e-3
+
+
 def test_vectors_with_one_large_component_are_not_rounded_to_bytes():
     vectors = unit_vectors(50, 384, 0)
     vectors[0] = np.eye(384)[0]

@@ -116,7 +116,7 @@ def test_the_words_of_a_matter_stand_in_its_situation_so_that_they_can_be_copied
     assert len(named) > 11_000
     for situation in named:
         text = re.findall(r"\w+", f"{situation.text} {situation.topic}".lower())
-        assert situation.topic.split()[-1].lower() in situation.matter.lower(), situation
+        assert re.search(rf"\b{re.escape(situation.topic.split()[-1].lower())}\b", situation.matter.lower()), situation
         assert not [word for word in re.findall(r"\w+", situation.matter.lower()) if word not in text and word not in JOINING], situation
 
 
@@ -175,6 +175,14 @@ def test_a_noun_is_exchanged_wherever_it_stands_and_a_verb_of_the_same_letters_n
         noun = situation.topic.split()[-1]
         assert situation.text == f"The {noun}? My {noun}!"
         assert situation.base == f"sell {situation.topic}"
+
+
+def test_a_noun_beside_the_matter_is_exchanged_too_but_none_of_the_matter(grammar):
+    situation = Situation("The boat and the hospital, the doctor?", "the boat", matter="the boat and the hospital")
+    changed = [grammar.varied(situation) for _ in range(80)]
+    assert any("doctor" not in one.text for one in changed)
+    assert all(one.matter.startswith(one.topic) and one.topic.split()[-1] in one.text for one in changed)
+    assert all(len(set(re.findall(r"the (\w+)", one.text.lower()))) == 3 for one in changed)
 
 
 def test_an_exchanged_noun_gets_its_article():

@@ -242,16 +242,18 @@ class Grammar:
             for noun in sorted(nouns):
                 named = [part for part in acts if re.search(rf"\b{re.escape(noun)}\b", part)]
                 if self.random.random() < share and all(stands_as_noun(noun, part) for part in (situation.text, *named)):
-                    changes.append((noun, self.noun_like(noun)))
+                    changes.append((noun, self.noun_like(noun, situation.text)))
         parts = {name: getattr(situation, name) for name in ("text", "base", "act", "topic", "matter", "who")}
         for old, new in changes:
             parts = {name: exchanged(old, new, text) for name, text in parts.items()}
         return replace(situation, **parts)
 
-    def noun_like(self, noun: str) -> str:
-        """A noun of the same number, now and then an invented one."""
+    def noun_like(self, noun: str, text: str) -> str:
+        """A noun of the same number that the text does not have, now and then an invented one."""
         plural = noun.endswith("s")
-        like = [word for word in self.random.choices(self.nouns, k=20) if word.endswith("s") == plural]  # so many hold one of either number
+        like = [
+            word for word in self.random.choices(self.nouns, k=20) if word.endswith("s") == plural and word not in text
+        ]  # so many hold one of either number
         return like[0] if like and self.random.random() < 0.6 else self.invented_word().rstrip("s") + ("s" if plural else "")
 
     # Sentences

@@ -2,7 +2,7 @@
 
 To answer with a letter takes three look-ups in a row: an option gathers its letter, the answer gathers what the passage says, and finds the option
 that says so. From the letters alone, one target in a document, a model this small does not find that in tens of millions of tokens. So for each
-look-up one head is shown where to look, by the cross-entropy of its attention; what it carries from there it learns from the letters.
+look-up one head is shown where to look, by the cross-entropy of its attention; training/matching.py gives a start to what it carries from there.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from vispa_graph.taxonomy_index import Taxonomy
 
 Weights = dict[str, torch.Tensor]
 HEAD = 64
-# The dimensions of a head that rotary positions turn by less than a third of a radian over sixty tokens, as far as options lie off.
+# The dimensions of a head that rotary positions turn by at most about a third of a radian over sixty tokens, as far as options lie off.
 SLOW = torch.cat([torch.arange(18, 32), torch.arange(50, 64)])
 WRITTEN = 0.2  # what the answer writes down of the passage, as a share of its residual's size
 LETTERS = "ABCDEFGH"
@@ -119,7 +119,7 @@ class Watch:
     def reading(self, head: tuple[int, int], count: int) -> Reading:
         """What a head sees of letters in so many documents: of comments every token, of multiple choice those that hand one on."""
         parts: list[Reading] = []
-        gain = self._model.model.layers[OPTION_OF_ANSWER[0]].input_layernorm.weight.detach()
+        gain = self._model.model.layers[OPTION_OF_ANSWER[0]].input_layernorm.weight.detach().clamp(min=0.05)
         for tokens, links in self.documents(count, comments=True):
             letter = torch.full((len(tokens),), -1)
             for link in links:
@@ -128,10 +128,16 @@ class Watch:
                 elif link.head == head == OPTION_OF_ANSWER:
                     right = self._looks[head[0]][head[1], link.query, link.start : link.end].sum() > 0.8
                     letter[link.query] = self._letters[tokens[link.query + 1]] if right else -1
-            kept = letter >= 0 if links else torch.ones(len(tokens), dtype=torch.bool)  # what other tokens of such documents see harms nobody
+            comment = not links and self._ids["<|assistant|>"] in tokens  # what other tokens of multiple choice see harms nobody
+            kept = torch.ones(len(tokens), dtype=torch.bool) if comment else letter >= 0
             handing = self._residuals[OPTION_OF_ANSWER[0] if head == LETTER_OF_OPTION else "last"][letter >= 0]
             parts.append(Reading(self.seen(head)[kept], letter[kept], self._normed[OPTION_OF_ANSWER[0]] / gain, handing))
-        return Reading(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        reading = Reading(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        if not len(reading.handing):
+            raise SystemExit(
+                "No option looks at its letter, or no answer at its option, so there is nothing to fit: train longer with guidance first."
+            )
+        return reading
 
 
 def fit(found: list[Question], rank: int, steps: int = 500) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,7 +170,7 @@ def plant_match(weights: Weights, said_map: torch.Tensor, option_map: torch.Tens
     # The norm divides by the residual's size, and attention by the root of the head's.
     gain = (HEAD**0.5 * size / times).sqrt()
     query, key = torch.zeros(2, HEAD, len(residuals[0]))
-    query[SLOW[: len(said_map)]] = gain * quiet.T / weights[f"model.layers.{OPTION_OF_ANSWER[0]}.input_layernorm.weight"]
+    query[SLOW[: len(said_map)]] = gain * quiet.T / weights[f"model.layers.{OPTION_OF_ANSWER[0]}.input_layernorm.weight"].clamp(min=0.05)
     key[SLOW[: len(said_map)]] = gain * option_map
     write(weights, OPTION_OF_ANSWER, "q", query)
     write(weights, OPTION_OF_ANSWER, "k", key)
@@ -241,7 +247,7 @@ def main() -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.folder)
     watch = Watch(model, tokenizer, args.seed)
     nothing = torch.zeros(HEAD, model.config.hidden_size)
-    for head in (LETTER_OF_OPTION, OPTION_OF_ANSWER):
+    for head in (LETTER_OF_OPTION, OPTION_OF_ANSWER, *(() if args.letters else (PASSAGE_OF_ANSWER,))):
         write(weights, head, "o", nothing)
 
     def load() -> None:
@@ -253,6 +259,7 @@ def main() -> None:
         if not args.letters:
             found = watch.questions(args.documents)
             plant_match(weights, *fit(found, len(SLOW)), found)
+            load()
         plant_letters_of_options(weights, watch.reading(LETTER_OF_OPTION, args.documents // 5))
         load()
         letters = weights["model.embed_tokens.weight"][tokenizer.convert_tokens_to_ids(list(LETTERS))]

@@ -30,7 +30,7 @@ from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from training.grammar import COMMENT, FIRST_WEIGHT, FIRST_WORDS, LETTER, Grammar, Segment
-from training.guidance import Guide, Link, answer_links, option_links
+from training.guidance import OPTION_OF_ANSWER, Guide, Link, answer_links, option_links
 from training.muon import Muon
 from vispa_graph.engine.contract import Direction
 from vispa_graph.engine.directions import FitSettings, fit_directions
@@ -307,6 +307,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.batch // int(os.environ.get("WORLD_SIZE", "1")) < LENGTHS[-1]:
         parser.error(f"--batch must leave each worker at least {LENGTHS[-1]} tokens, the longest document")
+    if args.blocks <= OPTION_OF_ANSWER[0] or args.width // 64 <= OPTION_OF_ANSWER[1]:
+        parser.error(f"--blocks must be over {OPTION_OF_ANSWER[0]} and --width at least {64 * (OPTION_OF_ANSWER[1] + 1)}: guided heads lie there")
     workers, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if workers > 1:
         dist.init_process_group("gloo")

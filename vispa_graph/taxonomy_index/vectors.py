@@ -13,7 +13,7 @@ import numpy.typing as npt
 from vispa_graph.taxonomy_index.encoder import Floats
 
 EXACT_UP_TO = 50_000
-# The most that rounding to bytes may take from a vector, as a norm; unit vectors of MiniLM lose .012. It bounds what a cosine moves by.
+# The most that rounding to bytes may take from an indexed vector, as a norm, which bounds its part in what a cosine moves by; those of MiniLM lose .012.
 ROUNDING = 0.02
 # A graph of small worlds over vectors of a byte per dimension. Chosen with python -m benchmarks.large_index --compare: an inverted file builds
 # faster, but needs several times as long a search for the same recall.
@@ -27,7 +27,7 @@ class VectorIndex:
     """A FAISS index over the inner product of unit vectors that all come at once.
 
     Up to `EXACT_UP_TO` vectors, a query is compared with every one. Search waits for memory: vectors whose components are of like size are rounded
-    to a byte a dimension, and so is the query, which moves a cosine by some 1e-3, the same on every machine; others are kept in half precision.
+    to a byte a dimension, and so is the query, which moves a cosine of MiniLM's by at most .003, the same on every machine; others are kept in half precision.
 
     Attributes:
         faiss: The index.
@@ -55,8 +55,9 @@ class VectorIndex:
     def search(self, query: Floats, n: int) -> tuple[Floats, npt.NDArray[np.int64]]:
         """Cosines and rows of the n nearest vectors to a query, [1, dimensions], both [1, n]; row -1 where there are fewer."""
         if not self.scale:
-            return search_vectors(self.faiss, query, n)
-        scale = _byte_scale(query)  # FAISS cuts a query for such an index to whole numbers
+            scores, rows = search_vectors(self.faiss, query, n)
+            return scores.clip(-1, 1), rows
+        scale = _byte_scale(query)  # some of FAISS's kernels cut a query to whole numbers, others do not; rounded, all agree
         scores, rows = search_vectors(self.faiss, np.round(query * scale), n)
         return (scores / np.float32(self.scale * scale)).clip(-1, 1), rows
 
